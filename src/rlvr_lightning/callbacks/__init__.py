@@ -1,0 +1,1 @@
+"""Lightning callbacks: everything that happens around an update, one file per concern."""

@@ -1,0 +1,70 @@
+"""What each problem scored at each step, as the run goes: the file to plot learning curves per problem from."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from rlvr_lightning.jsonl import append_lines, keep_before
+from rlvr_lightning.records import ProblemBatch
+
+
+class HistoryCallback(Callback):
+    """Appends one row per step and problem slot to ``<root>/history.jsonl``, on the disk before the next step begins.
+
+    A row: ``{"step", "id", "slot", "rewards": [...], "lengths": [...], "truncated": n, "reasons": {reason: n}}``, with
+    one entry per rollout in ``rewards`` and ``lengths`` (tokens). Rank zero writes the rows of all ranks, by slot. The
+    first batch of a fit drops the rows that an earlier run left for its step and later ones.
+    """
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look for leftovers at the first batch: only that says which step the run resumes at."""
+        self._begun = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: ProblemBatch, batch_idx: int
+    ) -> None:
+        """Write the step's rows; all ranks must call it."""
+        rows = gather_rows(history_rows(batch))
+        if not trainer.is_global_zero:
+            return
+        path = Path(trainer.default_root_dir) / "history.jsonl"
+        if not self._begun:
+            keep_before(path, batch.step)
+            self._begun = True
+        append_lines(path, sorted(rows, key=lambda row: row["slot"]), fsync=True)
+
+
+def history_rows(batch: ProblemBatch) -> list[dict[str, Any]]:
+    """Return one row per problem of a batch whose rollouts are attached; see `HistoryCallback`."""
+    rollouts = batch.rollouts or []
+    group_size = len(rollouts) // max(len(batch.problems), 1)
+    rows = []
+    for i, (slot, problem) in enumerate(zip(batch.slots, batch.problems, strict=True)):
+        group = rollouts[i * group_size : (i + 1) * group_size]
+        rows.append(
+            {
+                "step": batch.step,
+                "id": problem.id,
+                "slot": slot,
+                "rewards": [rollout.score.reward for rollout in group],
+                "lengths": [len(rollout.completion.token_ids) for rollout in group],
+                "truncated": sum(rollout.completion.finish_reason == "length" for rollout in group),
+                "reasons": dict(Counter(rollout.score.reason for rollout in group)),
+            }
+        )
+    return rows
+
+
+def gather_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of all ranks, rank after rank; all ranks must call it."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return rows
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]

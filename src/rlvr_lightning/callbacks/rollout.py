@@ -1,0 +1,188 @@
+"""The only place that talks to an engine: sync when stale, sample, grade, attach."""
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from rlvr_lightning.data import ProblemDataModule
+from rlvr_lightning.engines import RolloutEngine, Sampling
+from rlvr_lightning.errors import ConfigError
+from rlvr_lightning.metrics import rollout_metrics
+from rlvr_lightning.models import load_config_and_tokenizer
+from rlvr_lightning.module import RLVRModule
+from rlvr_lightning.prompts import PromptTemplate
+from rlvr_lightning.records import ProblemBatch
+from rlvr_lightning.rollout import Collector
+from rlvr_lightning.verify import MathVerifier, Verifier
+
+
+class RolloutCallback(Callback):
+    """Attaches graded rollouts to every batch of fit, validate, test and predict.
+
+    Args:
+        engine: what samples.
+        sampling: training rollouts.
+        eval_sampling: evaluation rollouts; greedy by default.
+        prompt: training prompt.
+        eval_prompt: evaluation prompt; None takes the training prompt.
+        verifier: turns completions into rewards.
+        seed: the run's seed; every completion's own seed follows from it.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: RolloutEngine,
+        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+        eval_sampling: Sampling = Sampling(rollouts_per_problem=1, temperature=0.0),  # noqa: B008 - frozen
+        prompt: PromptTemplate = PromptTemplate(),  # noqa: B008 - frozen
+        eval_prompt: PromptTemplate | None = None,
+        verifier: Verifier | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.engine = engine
+        self.sampling = sampling
+        self.eval_sampling = eval_sampling
+        self.prompt = prompt
+        self.eval_prompt = eval_prompt or prompt
+        self.verifier = verifier or MathVerifier()
+        self.seed = seed
+        self._window = 0
+        self._collector: Collector | None = None
+
+    # --- before anything expensive -------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: RLVRModule, stage: str) -> None:  # type: ignore[override]
+        """Check everything that can be checked without loading weights or starting an engine."""
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(datamodule, ProblemDataModule):
+            raise ConfigError("RolloutCallback needs a ProblemDataModule: pass datamodule= to the trainer")
+        if stage == "fit":
+            self._check_training(pl_module)
+        self.engine.check()
+        config, tokenizer = load_config_and_tokenizer(pl_module.policy_config.model_path)
+        self._collector = Collector(self.engine, self.verifier, tokenizer, self.seed)
+        self._window = self._check_window(datamodule, getattr(config, "max_position_embeddings", None))
+        if trainer.is_global_zero:
+            self.verifier.check(datamodule.train_problems)
+
+    def _check_training(self, module: RLVRModule) -> None:
+        if self.sampling.temperature == 0:
+            raise ConfigError(
+                "rollout.sampling.temperature is 0: greedy rollouts of a group are all alike and teach nothing; set it "
+                "above 0 (the paper uses 0.6)"
+            )
+        if self.sampling.top_p != 1:
+            raise ConfigError(
+                f"rollout.sampling.top_p is {self.sampling.top_p}: the learner knows no cut, so the ratio would be biased; "
+                "set it to 1"
+            )
+        if self.sampling.rollouts_per_problem == 1:
+            raise ConfigError(
+                f"rollout.sampling.rollouts_per_problem is 1 and model.advantage is {module.advantage}: a group of one has "
+                "no baseline; set rollouts_per_problem to 2 or more"
+            )
+
+    def _check_window(self, datamodule: ProblemDataModule, limit: int | None) -> int:
+        """Return the longest prompt + completion of the run, in tokens, or raise listing the problems that do not fit."""
+        assert self._collector is not None
+        tokenizer = self._collector.tokenizer
+        jobs = [(p, self.prompt, self.sampling) for p in datamodule.train_problems]
+        jobs += [(p, self.eval_prompt, self.eval_sampling) for s in datamodule.eval_problems.values() for p in s]
+        lengths = [(len(template(p, tokenizer)), sampling.max_tokens, p) for p, template, sampling in jobs]
+        over = [f"{p.source or p.id}: {n} + {most} tokens" for n, most, p in lengths if limit and n + most > limit]
+        if over:
+            shown = "\n  ".join(over[:5] + ([f"... and {len(over) - 5} more"] if len(over) > 5 else []))
+            raise ConfigError(
+                f"prompt + max_tokens exceed the model's window of {limit} tokens:\n  {shown}\nlower "
+                "rollout.sampling.max_tokens (or eval_sampling.max_tokens), remove these problems, or choose a model with a "
+                "longer window"
+            )
+        return max(n + most for n, most, _ in lengths)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: RLVRModule) -> None:  # type: ignore[override]
+        """Say in words what this run is."""
+        datamodule: ProblemDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        problems, groups = datamodule.train_problems, datamodule.problems_per_step
+        group, updates = self.sampling.rollouts_per_problem, pl_module.updates_per_step
+        of_what = f"{problems[0].question!r} -> {problems[0].answer}" if len(problems) == 1 else f"{len(problems)} problems"
+        skipped = [] if pl_module.uses_reference else ["reference pass (kl_coef is 0)"]
+        skipped += ["old-log-prob pass (one update per step: exactly on-policy)"] if updates == 1 else []
+        rank_zero_info(
+            f"training on  {of_what}\n"
+            f"each step    {groups} groups x {group} rollouts = {groups * group} completions of at most "
+            f"{self.sampling.max_tokens} tokens at temperature {self.sampling.temperature:g}, {updates} update(s)\n"
+            f"objective    {pl_module.objective}; advantage {pl_module.advantage}\n"
+            f"engine       {type(self.engine).__name__}, learner in {str(pl_module.compute_dtype).removeprefix('torch.')} "
+            f"with float32 weights on {trainer.world_size} process(es)\n"
+            f"skipped      {', '.join(skipped) or 'nothing'}"
+        )
+
+    # --- the arrows from engine to batch -------------------------------------------------------------------------------
+
+    def _attach(self, module: RLVRModule, batch: ProblemBatch, prompt: PromptTemplate, sampling: Sampling) -> None:
+        assert self._collector is not None
+        if self.engine.version != module.policy_version:
+            started = time.perf_counter()
+            self.engine.sync(module.weights(), module.policy_version, window=self._window)
+            self._collector.seconds["sync"] = time.perf_counter() - started
+        else:
+            self._collector.seconds["sync"] = 0.0
+        batch.rollouts = self._collector.collect(batch, prompt, sampling)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: RLVRModule, batch: ProblemBatch, batch_idx: int) -> None:  # type: ignore[override]
+        """Attach this step's rollouts and log what they say."""
+        self._attach(pl_module, batch, self.prompt, self.sampling)
+        self.engine.sleep()
+        assert batch.rollouts is not None
+        assert self._collector is not None
+        metrics = rollout_metrics().to(pl_module.device)
+        metrics.update(batch.rollouts)
+        generated = sum(len(r.completion.token_ids) for r in batch.rollouts)
+        seconds = self._collector.seconds
+        values: dict[str, Any] = {f"rollout/{key}": value for key, value in metrics.compute().items()}
+        values["rollout/tokens_per_s"] = generated / max(seconds["generate"], 1e-9)
+        values |= {f"time/{part}_s": value for part, value in seconds.items()}
+        pl_module.log_dict({k: torch.as_tensor(v, dtype=torch.float32) for k, v in values.items()}, batch_size=len(batch.rollouts))
+
+    def _evaluate(self, module: RLVRModule, batch: ProblemBatch) -> None:
+        self._attach(module, batch, self.eval_prompt, self.eval_sampling)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: RLVRModule, batch: ProblemBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:  # type: ignore[override]
+        """Attach evaluation rollouts."""
+        self._evaluate(pl_module, batch)
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: RLVRModule, batch: ProblemBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:  # type: ignore[override]
+        """Attach evaluation rollouts."""
+        self._evaluate(pl_module, batch)
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: RLVRModule, batch: ProblemBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:  # type: ignore[override]
+        """Attach evaluation rollouts."""
+        self._evaluate(pl_module, batch)
+
+    # --- the end -------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End the engine and the grading processes. Idempotent."""
+        self.engine.close()
+        self.verifier.close()
+
+    def teardown(self, trainer: Trainer, pl_module: RLVRModule, stage: str) -> None:  # type: ignore[override]
+        """Close everything, except after ``validate``: a fit that follows would start the engine a second time."""
+        if stage == "validate":
+            self.engine.sleep()
+        else:
+            self.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: RLVRModule, exception: BaseException) -> None:  # type: ignore[override]
+        """Leave no process behind."""
+        self.close()

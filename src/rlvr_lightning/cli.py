@@ -1,0 +1,149 @@
+"""``rlvr fit|validate|test|predict``: Lightning's command line over RLVRModule, a data module and the callbacks."""
+
+import difflib
+import re
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from rlvr_lightning.callbacks.checkpoint import CheckpointCallback
+from rlvr_lightning.callbacks.export import ExportCallback
+from rlvr_lightning.callbacks.history import HistoryCallback
+from rlvr_lightning.callbacks.progress import ProgressCallback
+from rlvr_lightning.callbacks.rollout import RolloutCallback
+from rlvr_lightning.callbacks.transcripts import TranscriptCallback
+from rlvr_lightning.data import ProblemDataModule
+from rlvr_lightning.errors import ConfigError
+from rlvr_lightning.loggers import MetricsFileLogger
+from rlvr_lightning.module import RLVRModule
+
+CALLBACKS: dict[str, type] = {
+    "rollout": RolloutCallback,  # first: the others read what it attaches
+    "transcripts": TranscriptCallback,
+    "history": HistoryCallback,
+    "checkpoint": CheckpointCallback,
+    "export": ExportCallback,
+    "progress": ProgressCallback,
+}
+"""Every callback has a top-level key of its own: Hydra cannot override the elements of a list."""
+
+
+class RLVRParser(LightningArgumentParser):
+    """The parser with errors of one message: what is wrong, and the key that was probably meant."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        """Raise instead of printing a page of usage.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(_explain(message, self)) from ex
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes ``run.yaml`` into the run directory: ``rlvr fit --config run.yaml`` repeats the run."""
+
+
+class RLVRCLI(LightningCLI):
+    """Adds the callbacks as top-level keys, one seed for everything, and the local metrics file."""
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            RLVRModule,
+            ProblemDataModule,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            parser_class=RLVRParser,
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"overwrite": True, "config_filename": "run.yaml"},
+            trainer_defaults={
+                # These belong to the algorithm, not to a machine.
+                "check_val_every_n_epoch": None,
+                "num_sanity_val_steps": 0,
+                "inference_mode": False,
+                "log_every_n_steps": 1,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+            },
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Register the callbacks and tie every seed to the one of the run."""
+        for key, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, key)
+        parser.add_argument("--evaluate_first", type=bool, default=True, help="Evaluate before the first update of a fresh run.")
+        parser.link_arguments("seed_everything", "rollout.seed")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+
+    def _parse_ckpt_path(self) -> None:
+        """Take no hyperparameters from the checkpoint: run.yaml is the configuration; but check that the file is one."""
+        path = self.config[self.config["subcommand"]].get("ckpt_path")
+        if path is not None:
+            check_checkpoint(str(path))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Add the local metrics file in front of the configured loggers: it is always written."""
+        config = self._get(self.config_init, "trainer")
+        root = config.get("default_root_dir") or "runs/default"
+        configured = config.get("logger")
+        others = configured if isinstance(configured, list) else [configured] if configured not in (None, True, False) else []
+        return super().instantiate_trainer(default_root_dir=root, logger=[MetricsFileLogger(root), *others], **kwargs)
+
+    def before_fit(self) -> None:
+        """Evaluate the untrained policy, unless this run continues another."""
+        if self._get(self.config, "evaluate_first") and self._get(self.config, "ckpt_path") is None and self.has_evals:
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+    @property
+    def has_evals(self) -> bool:
+        """Whether any evaluation set is configured."""
+        return bool(self.datamodule.eval_files)
+
+
+def check_checkpoint(path: str) -> None:
+    """Raise ConfigError unless ``path`` looks like a checkpoint of this project: a file, or a folder of shards.
+
+    Reads a few bytes, not the weights.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise ConfigError(f"checkpoint {path!r} does not exist: give --ckpt_path a file or folder under <run>/checkpoints")
+    complete = (place / "meta.pt").is_file() if place.is_dir() else zipfile.is_zipfile(place)
+    if not complete:
+        raise ConfigError(f"checkpoint {path!r} cannot be read: it is no checkpoint, or was cut off while being written")
+
+
+def main(args: list[str]) -> int:
+    """Run one subcommand; return the exit status.
+
+    Returns:
+        0 when done, 128 + signal number when asked to stop (the checkpoint is saved).
+    """
+    sys.argv = [sys.argv[0], *args]  # Lightning starts further ranks by repeating this command
+    cli = RLVRCLI()
+    stopped = [c.stopped_by for c in cli.trainer.callbacks if isinstance(c, CheckpointCallback) and c.stopped_by]
+    return 128 + stopped[0] if stopped else 0
+
+
+def _explain(message: str, parser: LightningArgumentParser) -> str:
+    """Shorten jsonargparse's message and add the known key that is closest to one it did not know."""
+    text = "\n".join(line.rstrip() for line in message.strip().splitlines() if line.strip())
+    unknown = re.search(r"[Uu]nrecognized arguments?: --([\w.]+)|[Kk]ey '([\w.]+)' is not expected|does not accept option '([\w.]+)'", text)
+    if unknown is None:
+        return text
+    key = next(g for g in unknown.groups() if g)
+    known = {a.dest for a in parser._actions if a.dest} | set(_leaves(parser))
+    prefix = re.search(r'Parser key "([\w.]+)"', text)
+    full = f"{prefix.group(1)}.{key}" if prefix and not key.startswith(prefix.group(1)) else key
+    close = difflib.get_close_matches(full, known, n=1, cutoff=0.75) or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    hint = f"; did you mean '{close[0]}'?" if close else "; `rlvr fit --help` lists the keys"
+    return f"unknown key '{full}'{hint}\n{text}"
+
+
+def _leaves(parser: LightningArgumentParser) -> list[str]:
+    return [k for k in parser.get_defaults(skip_validation=True).keys()]

@@ -1,0 +1,348 @@
+"""The algorithm, top to bottom: rollouts in, one or more optimizer updates out.
+
+Legend: ``P`` problems of this rank, ``G`` rollouts per problem, ``B = P * G`` rows, ``S`` padded tokens, ``b`` rows of one
+micro-batch. The module never sees an engine: the rollout callback has attached rollouts to the batch before a step begins.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torchmetrics import MetricCollection
+
+from rlvr_lightning.advantages import ADVANTAGES
+from rlvr_lightning.batching import RolloutBatch, group_rewards, plan_micro_batches, split_evenly
+from rlvr_lightning.errors import ConfigError
+from rlvr_lightning.losses import Objective
+from rlvr_lightning.metrics import rollout_metrics
+from rlvr_lightning.policy import Policy, PolicyConfig, PolicyWeights
+from rlvr_lightning.records import ProblemBatch, Rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """The optimizer. Defaults: arXiv 2504.20571 and its code."""
+
+    lr: float = 1e-6
+    """Learning rate after the warm-up; constant."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the square root of the second moment."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay on every trained weight."""
+    warmup_steps: int = 0
+    """Updates over which the learning rate rises linearly from lr / warmup_steps to lr."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ConfigError(f"optimizer.lr is {self.lr}: set it above 0")
+        if self.weight_decay < 0 or self.warmup_steps < 0:
+            raise ConfigError("optimizer.weight_decay and optimizer.warmup_steps: set them to 0 or above")
+
+
+class RLVRModule(LightningModule):
+    """Policy-gradient training of a causal LM on verifiable rewards.
+
+    Args:
+        policy: which model to train.
+        objective: the loss per token.
+        advantage: how a group's rewards become advantages.
+        optimizer: AdamW on fp32 master weights.
+        updates_per_step: optimizer updates on one batch of rollouts; 1 is exactly on-policy (the paper's code).
+        tokens_per_micro_batch: padded tokens that one forward and backward pass may hold.
+        max_grad_norm: gradients are clipped to this global L2 norm.
+        mismatch_limit: end the run, before any update, when engine and learner disagree about the log-probs of sampled
+            tokens by more than this on average (nats); that is a bug or a stale engine, not noise.
+    """
+
+    policy: Policy
+
+    def __init__(
+        self,
+        *,
+        policy: PolicyConfig,
+        objective: Objective = Objective(),  # noqa: B008 - frozen
+        advantage: Literal["group_norm", "group_center", "leave_one_out"] = "group_norm",
+        optimizer: AdamW = AdamW(),  # noqa: B008 - frozen
+        updates_per_step: int = 1,
+        tokens_per_micro_batch: int = 16384,
+        max_grad_norm: float = 1.0,
+        mismatch_limit: float = 0.1,
+    ) -> None:
+        super().__init__()
+        for key, value in (("updates_per_step", updates_per_step), ("tokens_per_micro_batch", tokens_per_micro_batch)):
+            if value < 1:
+                raise ConfigError(f"model.{key} is {value}: set it to 1 or more")
+        for key, limit in (("max_grad_norm", max_grad_norm), ("mismatch_limit", mismatch_limit)):
+            if not limit > 0:
+                raise ConfigError(f"model.{key} is {limit}: set it above 0 (.inf switches it off)")
+        self.automatic_optimization = False
+        self.policy_config = policy
+        self.objective = objective
+        self.advantage = advantage
+        self.optimizer_config = optimizer
+        self.updates_per_step = updates_per_step
+        self.tokens_per_micro_batch = tokens_per_micro_batch
+        self.max_grad_norm = max_grad_norm
+        self.mismatch_limit = mismatch_limit
+        self._reference: tuple[Policy, ...] = ()  # in a tuple: not a submodule, so never saved and never optimized
+        self._evaluators: dict[str, MetricCollection] = {}
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    # --- what the rollout callback needs -------------------------------------------------------------------------------
+
+    @property
+    def policy_version(self) -> int:
+        """Optimizer updates so far; an engine whose version differs is stale."""
+        return self.trainer.global_step
+
+    def weights(self) -> PolicyWeights:
+        """Return the policy as an engine may see it."""
+        return PolicyWeights(self.policy, self.compute_dtype)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the forward pass: bfloat16 with ``trainer.precision: bf16-mixed``, else float32."""
+        return torch.bfloat16 if str(self.trainer.precision).startswith("bf16") else torch.float32
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether a reference pass is needed; a coefficient of 0 switches it off."""
+        return self.objective.kl_coef != 0
+
+    # --- Lightning's set-up --------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Refuse trainer settings that would have no effect or would spoil the run."""
+        trainer = self.trainer
+        if str(trainer.precision) in ("bf16-true", "16-true") and self.optimizer_config.lr < 1e-4:
+            raise ConfigError(
+                f"trainer.precision {trainer.precision} keeps master weights in 16 bits, and updates at lr "
+                f"{self.optimizer_config.lr:g} round to nothing: set trainer.precision to bf16-mixed"
+            )
+        if trainer.accumulate_grad_batches != 1:
+            raise ConfigError("trainer.accumulate_grad_batches has no effect here: set data.problems_per_step instead")
+        if trainer.gradient_clip_val:
+            raise ConfigError("trainer.gradient_clip_val has no effect here: set model.max_grad_norm instead")
+
+    def configure_model(self) -> None:
+        """Load the policy once; shard it under FSDP2."""
+        if not hasattr(self, "policy"):
+            self.policy = self._shard(self.policy_config.build())
+
+    def on_fit_start(self) -> None:
+        """Load the frozen reference if the objective has a KL term; with LoRA it is the adapter switched off."""
+        if self.uses_reference and self.policy_config.lora is None and not self._reference:
+            reference = self.policy_config.build().requires_grad_(False)
+            self._reference = (self._shard(reference).to(self.trainer.strategy.root_device),)
+
+    def _shard(self, policy: Policy) -> Policy:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            assert self.device_mesh is not None
+            policy.shard(
+                self.device_mesh["data_parallel"], torch.bfloat16 if self.compute_dtype == torch.bfloat16 else None
+            )
+        return policy
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return AdamW over the weights that train."""
+        config = self.optimizer_config
+        parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        fused = not any(isinstance(p, DTensor) for p in parameters)
+        return torch.optim.AdamW(
+            parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=fused
+        )
+
+    # --- one training step ---------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: ProblemBatch, batch_idx: int) -> None:
+        """Advantages, reference and old log-probs, then ``updates_per_step`` updates over the batch's rollouts."""
+        assert batch.rollouts is not None, "no rollouts attached: add RolloutCallback to the trainer"
+        self._seconds.clear()
+        rewards = group_rewards(batch.rollouts, len(batch.problems))  # (P, G)
+        advantages = ADVANTAGES[self.advantage](rewards)  # (P, G)
+        data = RolloutBatch.from_rollouts(batch.rollouts)  # (B, S)
+        data = replace(data, advantages=advantages.flatten()).to(self.device)
+        if self.uses_reference:
+            with self._timed("reference"):
+                data = replace(data, reference_logprobs=self._reference_logprobs(data))
+        if self.updates_per_step > 1:  # with one update the policy is its own old policy, and the ratio is exactly 1
+            with self._timed("old"):
+                data = replace(data, old_logprobs=self.score(data))
+        with self._timed("update"):
+            for index, rows in enumerate(split_evenly(len(data), self.updates_per_step)):
+                metrics = self._update(data.rows(rows), first=index == 0)
+                self.log_dict(metrics, batch_size=len(data))
+        silent = (advantages == 0).all(dim=1).float()  # (P,)
+        share = self._sum(torch.stack([silent.sum(), torch.tensor(float(len(silent)))]).to(self.device))
+        self.log("rollout/zero_advantage_fraction", share[0] / share[1], batch_size=len(data))
+        self.log_dict({f"time/{part}_s": seconds for part, seconds in self._seconds.items()}, batch_size=len(data))
+
+    def _update(self, minibatch: RolloutBatch, *, first: bool) -> dict[str, Tensor | float]:
+        """Take one optimizer step on a mini-batch; return what to log.
+
+        The gradient is that of the mean over all completion tokens of the mini-batch on all ranks, however they are cut:
+        every micro-batch adds its sum, divided by the global token count that is known beforehand.
+        """
+        assert minibatch.advantages is not None
+        optimizer = self.optimizers(use_pl_optimizer=True)
+        assert not isinstance(optimizer, list)
+        optimizer.zero_grad()
+        num_tokens = self._sum(minibatch.completion_mask.sum())
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        worst = torch.zeros((), device=self.device)
+        for micro in self._micro_batches(minibatch):
+            mask = micro.completion_mask
+            stats = self.policy(micro)
+            assert micro.advantages is not None
+            terms = self.objective(
+                logprobs=stats.logprobs,
+                entropy=stats.entropy,
+                old_logprobs=stats.logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs,
+                reference_logprobs=micro.reference_logprobs,
+                advantages=micro.advantages,
+            )
+            # FSDP averages gradients over ranks; the factor makes the result that of one device.
+            self.manual_backward((terms.total * mask).sum() * self.trainer.world_size / num_tokens)
+            with torch.no_grad():
+                gap = torch.where(mask, stats.logprobs - micro.sampler_logprobs, 0.0)
+                for name, value in (
+                    ("train/loss", terms.total),
+                    ("train/policy_loss", terms.surrogate),
+                    ("train/kl", terms.kl),
+                    ("train/entropy", terms.entropy),
+                    ("train/clip_fraction", terms.clipped),
+                    ("mismatch/bias", gap),
+                    ("mismatch/mean_abs", gap.abs()),
+                    ("mismatch/kl", gap.exp() - gap - 1),
+                ):
+                    sums[name] += (value * mask).sum()
+                worst = torch.maximum(worst, gap.abs().max())
+        names = list(sums)
+        means = self._sum(torch.stack([sums[n] for n in names])) / num_tokens
+        metrics: dict[str, Tensor | float] = dict(zip(names, means, strict=True))
+        if first:
+            metrics["mismatch/max"] = worst
+            self._check_mismatch(float(metrics["mismatch/mean_abs"]))
+        else:  # the policy has moved on from the sampler: the gap no longer says anything about the engine
+            metrics = {n: v for n, v in metrics.items() if not n.startswith("mismatch/")}
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+        if not torch.isfinite(grad_norm):
+            raise FloatingPointError(f"the gradient is {grad_norm} at update {self.policy_version}: lower the learning rate")
+        for group in optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        metrics |= {"train/grad_norm": grad_norm, "train/lr": self._learning_rate(), "train/tokens": num_tokens.float()}
+        optimizer.step()  # Lightning counts it: policy_version += 1
+        return metrics
+
+    def _learning_rate(self) -> float:
+        config = self.optimizer_config
+        return config.lr * min(1.0, (self.policy_version + 1) / max(config.warmup_steps, 1))
+
+    # --- passes without gradient ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def score(self, data: RolloutBatch, policy: Policy | None = None) -> Tensor:
+        """Return log-probs (B, S) of the completion tokens under ``policy`` (default: the one in training), no gradient."""
+        logprobs = torch.zeros(data.input_ids.shape, device=data.input_ids.device)
+        for rows in self._plan(data):
+            micro = data.rows(rows or [0])
+            stats = (policy or self.policy)(micro)
+            if rows:
+                logprobs[rows, : stats.logprobs.shape[1]] = stats.logprobs.float()
+        return logprobs
+
+    def _reference_logprobs(self, data: RolloutBatch) -> Tensor:
+        if self._reference:
+            return self.score(data, self._reference[0])
+        with self.policy.without_adapters():
+            return self.score(data)
+
+    # --- cutting and summing over ranks --------------------------------------------------------------------------------
+
+    def _plan(self, data: RolloutBatch) -> list[list[int]]:
+        """Return row indices per micro-batch; every rank gets the same number of them, empty ones at the end.
+
+        Under FSDP2 a forward pass is collective, so unequal counts would hang.
+        """
+        plan = plan_micro_batches(data, self.tokens_per_micro_batch, share_prompts=self.policy_config.shares_prompts)
+        if self.trainer.world_size > 1:
+            count = torch.tensor(len(plan), device=self.device)
+            torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
+            plan += [[]] * (int(count) - len(plan))
+        return plan
+
+    def _micro_batches(self, data: RolloutBatch) -> Iterator[RolloutBatch]:
+        for rows in self._plan(data):
+            yield data.rows(rows) if rows else data.rows([0]).without_completions()
+
+    def _sum(self, value: Tensor) -> Tensor:
+        """Return the sum over all ranks."""
+        if self.trainer.world_size > 1:
+            value = value.clone()
+            torch.distributed.all_reduce(value)
+        return value
+
+    def _check_mismatch(self, mean_abs: float) -> None:
+        if not mean_abs <= self.mismatch_limit:
+            raise RuntimeError(
+                f"engine and learner disagree about the sampled tokens by {mean_abs:.3f} nats on average (limit "
+                f"{self.mismatch_limit}): the engine holds other weights, another dtype or another prompt. Try "
+                "rollout.engine.dtype=float32 to tell rounding from a bug, or raise model.mismatch_limit knowingly"
+            )
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._seconds[part] += time.perf_counter() - started
+
+    # --- evaluation ----------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, batch: ProblemBatch) -> None:
+        assert batch.rollouts is not None, "no rollouts attached: add RolloutCallback to the trainer"
+        if batch.name not in self._evaluators:
+            self._evaluators[batch.name] = rollout_metrics().to(self.device)
+        self._evaluators[batch.name].update(batch.rollouts)
+
+    def _log_evaluators(self, stage: str) -> None:
+        for name, metrics in self._evaluators.items():
+            self.log_dict({f"{stage}/{name}/{key}": value for key, value in metrics.compute().items()})
+        self._evaluators.clear()
+
+    def validation_step(self, batch: ProblemBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Count this batch's rollouts towards its evaluation set."""
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/<set>/<metric>`` for every evaluation set."""
+        self._log_evaluators("val")
+
+    def test_step(self, batch: ProblemBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Count this batch's rollouts towards its evaluation set."""
+        self._evaluate(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/<set>/<metric>`` for every evaluation set."""
+        self._log_evaluators("test")
+
+    def predict_step(self, batch: ProblemBatch, batch_idx: int, dataloader_idx: int = 0) -> list[Rollout]:
+        """Return the rollouts themselves."""
+        assert batch.rollouts is not None, "no rollouts attached: add RolloutCallback to the trainer"
+        return batch.rollouts
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Record which model the weights belong to, so that a checkpoint explains itself."""
+        checkpoint["rlvr_model"] = self.policy_config.model

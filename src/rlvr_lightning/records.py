@@ -1,0 +1,93 @@
+"""Plain records that flow through one training step: text, token ids and scores, never tensors.
+
+Legend: ``P`` problems of this rank in one step, ``G`` rollouts per problem (the group), ``B = P * G`` rollouts.
+This module imports neither torch nor lightning, so that grading processes and ``rlvr --help`` stay light.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length"]
+"""``stop``: the model sampled an end-of-sequence token. ``length``: it ran into the token limit."""
+
+Reason = Literal["correct", "wrong", "no_answer", "unparsable", "truncated", "timeout", "error"]
+"""Why a completion got its verdict. Everything but ``correct`` scores 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A question with a verifiable answer."""
+
+    id: str
+    """Unique within its data set."""
+    question: str
+    """The statement as the user would ask it, before any prompt template."""
+    answer: str
+    """The ground truth, as LaTeX or plain text, without ``\\boxed``."""
+    source: str = ""
+    """Where the row came from, for messages and logs: ``file:row`` or a data set's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an engine sampled after a prompt."""
+
+    token_ids: tuple[int, ...]
+    """[T] sampled tokens; the end-of-sequence token is included when ``finish_reason`` is ``stop``."""
+    logprobs: tuple[float, ...]
+    """[T] nats, under the engine's distribution at the sampling temperature (before any top-p or top-k cut)."""
+    text: str
+    """Decoded ``token_ids`` without special tokens."""
+    finish_reason: FinishReason
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.logprobs):
+            raise ValueError(f"{len(self.token_ids)} tokens but {len(self.logprobs)} log-probs: the engine lost some")
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A verifier's verdict on one completion."""
+
+    reward: float
+    """What the objective sees."""
+    correct: bool
+    """What the evaluator counts. Separate from the reward: a format bonus must not leak into accuracy."""
+    reason: Reason
+    extracted: str | None
+    """The answer that was read from the completion; None when there was none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One prompt, one completion, one score: the record that every consumer reads."""
+
+    problem: Problem
+    prompt_ids: tuple[int, ...]
+    """[L] the exact token ids that the engine was given."""
+    completion: Completion
+    score: Score
+    temperature: float
+    """Sampling temperature; the learner divides its logits by the same number."""
+    policy_version: int
+    """Optimizer updates that the sampling weights had seen."""
+
+
+@dataclass(slots=True)
+class ProblemBatch:
+    """What the DataModule serves for one step; the rollout callback fills ``rollouts``."""
+
+    step: int
+    """Training: index of the rollout batch since the run began, across resumes. Evaluation: index of the batch in its set."""
+    slots: tuple[int, ...]
+    """[P] position of each problem in the step's global order; identifies a group for seeding, whatever the rank count."""
+    problems: tuple[Problem, ...]
+    """[P]"""
+    name: str = "train"
+    """``train``, or the evaluation set's name."""
+    rollouts: list[Rollout] | None = None
+    """[P * G] group-major: the G rollouts of problem 0 first. None until the callback has attached them."""
+
+    def to(self, *_args: Any, **_kwargs: Any) -> "ProblemBatch":
+        """Return self: text stays where it is (Lightning calls this to move a batch to the device)."""
+        return self
