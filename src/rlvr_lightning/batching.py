@@ -93,9 +93,7 @@ class RolloutBatch:
 
     def to(self, device: torch.device | str) -> "RolloutBatch":
         """Return the batch with every tensor on ``device``."""
-        return replace(
-            self, **{f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        )
+        return replace(self, **{f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)})
 
     def rows(self, indices: Sequence[int]) -> "RolloutBatch":
         """Return the given rows, cut to the longest of them."""
@@ -120,11 +118,16 @@ def split_evenly(num_rows: int, parts: int) -> list[range]:
     return [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
+OVERHEAD_TOKENS = 128
+"""What starting one more micro-batch costs, in tokens of arithmetic. Measured on two CPU cores with a 135M model."""
+
+
 def plan_micro_batches(batch: RolloutBatch, max_tokens: int, *, share_prompts: bool) -> list[list[int]]:
     """Return row indices per micro-batch, longest first, each within ``max_tokens`` padded tokens.
 
-    With ``share_prompts`` a micro-batch holds rows of one prompt only and counts that prompt once. A single row above the
-    budget gets a micro-batch of its own: the budget trades memory for speed, it never drops data.
+    Rows are sorted by length and cut where the padding saved is worth more than another micro-batch costs. With
+    ``share_prompts`` a micro-batch holds rows of one prompt only and counts that prompt once. A single row above the budget
+    gets a micro-batch of its own: the budget trades memory for speed, it never drops data.
 
     >>> rows = RolloutBatch(*[torch.zeros(3, 5)] * 3, (2, 2, 2), (5, 3, 4), (0, 0, 0), 1.0)
     >>> plan_micro_batches(rows, 8, share_prompts=False)
@@ -132,22 +135,31 @@ def plan_micro_batches(batch: RolloutBatch, max_tokens: int, *, share_prompts: b
     >>> plan_micro_batches(rows, 8, share_prompts=True)
     [[0, 2], [1]]
     """
-
-    def order(row: int) -> tuple[int, int]:
-        return (batch.prompt_groups[row] if share_prompts else 0, -batch.lengths[row])
-
-    def cost(rows: list[int]) -> int:
-        longest = batch.lengths[rows[0]]
-        if not share_prompts:
-            return len(rows) * longest
-        prompt = batch.prompt_lengths[rows[0]]
-        return prompt + len(rows) * (longest - prompt)
-
     plan: list[list[int]] = []
-    for row in sorted(range(len(batch)), key=order):
-        fits = plan and (not share_prompts or batch.prompt_groups[plan[-1][0]] == batch.prompt_groups[row])
-        if fits and cost([*plan[-1], row]) <= max_tokens:
-            plan[-1].append(row)
-        else:
-            plan.append([row])
+    for group in sorted(set(batch.prompt_groups)) if share_prompts else [None]:
+        rows = [i for i in range(len(batch)) if group is None or batch.prompt_groups[i] == group]
+        rows.sort(key=lambda i: -batch.lengths[i])
+        shared = batch.prompt_lengths[rows[0]] if share_prompts else 0
+        for start, end in _cheapest_cuts([batch.lengths[i] - shared for i in rows], shared, max_tokens):
+            plan.append(rows[start:end])
     return plan
+
+
+def _cheapest_cuts(lengths: list[int], shared: int, max_tokens: int) -> list[tuple[int, int]]:
+    """Cut descending lengths into runs that minimize padded tokens plus overhead; exact, by dynamic programming.
+
+    Ties go to the longer first run.
+    """
+    best: list[tuple[int, int]] = [(0, len(lengths))] * (len(lengths) + 1)  # from row i on: (cost, end of the first run)
+    for start in range(len(lengths) - 1, -1, -1):
+        longest = max(lengths[start], 1)
+        most = max(1, (max_tokens - shared) // longest)
+        fixed = OVERHEAD_TOKENS + shared
+        ends = range(start + 1, min(start + most, len(lengths)) + 1)
+        best[start] = min((fixed + (end - start) * longest + best[end][0], -end) for end in ends)
+        best[start] = (best[start][0], -best[start][1])
+    cuts, start = [], 0
+    while start < len(lengths):
+        cuts.append((start, best[start][1]))
+        start = best[start][1]
+    return cuts

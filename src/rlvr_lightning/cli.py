@@ -1,8 +1,10 @@
 """``rlvr fit|validate|test|predict``: Lightning's command line over RLVRModule, a data module and the callbacks."""
 
 import difflib
+import logging
 import re
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, NoReturn
@@ -76,7 +78,9 @@ class RLVRCLI(LightningCLI):
         """Register the callbacks and tie every seed to the one of the run."""
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
-        parser.add_argument("--evaluate_first", type=bool, default=True, help="Evaluate before the first update of a fresh run.")
+        parser.add_argument(
+            "--evaluate_first", type=bool, default=True, help="Evaluate before the first update of a fresh run."
+        )
         parser.link_arguments("seed_everything", "rollout.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
 
@@ -96,13 +100,13 @@ class RLVRCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Evaluate the untrained policy, unless this run continues another."""
-        if self._get(self.config, "evaluate_first") and self._get(self.config, "ckpt_path") is None and self.has_evals:
+        if self._get(self.config, "ckpt_path") is not None:
+            return
+        for logger in self.trainer.loggers:
+            if isinstance(logger, MetricsFileLogger):
+                logger.truncate_after(-1)  # a fresh run in an old folder starts its file anew
+        if self._get(self.config, "evaluate_first") and self.datamodule.eval_files:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-
-    @property
-    def has_evals(self) -> bool:
-        """Whether any evaluation set is configured."""
-        return bool(self.datamodule.eval_files)
 
 
 def check_checkpoint(path: str) -> None:
@@ -124,16 +128,38 @@ def main(args: list[str]) -> int:
     Returns:
         0 when done, 128 + signal number when asked to stop (the checkpoint is saved).
     """
+    return run(args)[0]
+
+
+def run(args: list[str]) -> "tuple[int, RLVRCLI]":
+    """Run one subcommand; return the exit status and the command line object with its trainer."""
     sys.argv = [sys.argv[0], *args]  # Lightning starts further ranks by repeating this command
+    _quiet()
     cli = RLVRCLI()
     stopped = [c.stopped_by for c in cli.trainer.callbacks if isinstance(c, CheckpointCallback) and c.stopped_by]
-    return 128 + stopped[0] if stopped else 0
+    return (128 + stopped[0] if stopped else 0), cli
+
+
+def _quiet() -> None:
+    """Silence what says nothing about this run: device tables, tips, and warnings about things done on purpose."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    for message in (
+        r".*module\(s\) in eval mode at the start of training.*",  # dropout is off: the ratio compares one network
+        r".*isinstance\(treespec, LeafSpec\).*",
+        r".*Checkpoint directory .* exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _explain(message: str, parser: LightningArgumentParser) -> str:
     """Shorten jsonargparse's message and add the known key that is closest to one it did not know."""
     text = "\n".join(line.rstrip() for line in message.strip().splitlines() if line.strip())
-    unknown = re.search(r"[Uu]nrecognized arguments?: --([\w.]+)|[Kk]ey '([\w.]+)' is not expected|does not accept option '([\w.]+)'", text)
+    unknown = re.search(
+        r"[Uu]nrecognized arguments?: --([\w.]+)|[Kk]ey '([\w.]+)' is not expected|does not accept option '([\w.]+)'",
+        text,
+    )
     if unknown is None:
         return text
     key = next(g for g in unknown.groups() if g)

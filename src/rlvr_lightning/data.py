@@ -88,7 +88,9 @@ class EvalLoader:
     def __iter__(self) -> Iterator[ProblemBatch]:
         per_round = self._batch_size * self._world_size
         for index in range(len(self)):
-            slots = tuple(range(index * per_round, min((index + 1) * per_round, len(self._problems))))[self._rank :: self._world_size]
+            slots = tuple(range(index * per_round, min((index + 1) * per_round, len(self._problems))))[
+                self._rank :: self._world_size
+            ]
             yield ProblemBatch(step=0, slots=slots, problems=tuple(self._problems[s] for s in slots), name=self.name)
 
 
@@ -141,7 +143,9 @@ class ProblemDataModule(LightningDataModule):
         for name, file in self.eval_files.items():
             problems = [p for p in load_problems(file) if _normalized(p.question) not in trained_on]
             if not problems:
-                raise ConfigError(f"data.evals.{name}: every problem of {file} is a training problem, nothing is left to evaluate")
+                raise ConfigError(
+                    f"data.evals.{name}: every problem of {file} is a training problem, nothing is left to evaluate"
+                )
             self.eval_problems[name] = problems
         self.train_problems = train
 
@@ -317,7 +321,9 @@ def _problem(row: Any, number: int, source: str) -> Problem:
     if answer is None or not str(answer).strip():
         raise ConfigError("no answer (keys read: answer, reward_model.ground_truth)")
     index = (row.get("extra_info") or {}).get("index")
-    return Problem(id=str(row.get("id", number if index is None else index)), question=question, answer=str(answer), source=source)
+    return Problem(
+        id=str(row.get("id", number if index is None else index)), question=question, answer=str(answer), source=source
+    )
 
 
 def _builtin(file: str) -> Path:
@@ -325,7 +331,9 @@ def _builtin(file: str) -> Path:
     name = file.removeprefix(BUILTIN)
     path = folder / f"{name}.jsonl"
     if not path.is_file():
-        raise ConfigError(f"no built-in set {name!r}: choose one of {', '.join(sorted(p.stem for p in folder.glob('*.jsonl')))}")
+        raise ConfigError(
+            f"no built-in set {name!r}: choose one of {', '.join(sorted(p.stem for p in folder.glob('*.jsonl')))}"
+        )
     return path
 
 
@@ -333,7 +341,9 @@ def _select(problems: Sequence[Problem], ids: Sequence[str], where: str) -> list
     by_id = {p.id: p for p in reversed(problems)}
     missing = [i for i in ids if i not in by_id]
     if missing:
-        raise ConfigError(f"no problem with id {', '.join(map(repr, missing))} in {where}: it has ids like {', '.join(list(by_id)[-3:])}")
+        raise ConfigError(
+            f"no problem with id {', '.join(map(repr, missing))} in {where}: it has ids like {', '.join(list(by_id)[-3:])}"
+        )
     return [by_id[i] for i in ids]
 
 

@@ -37,9 +37,7 @@ def grade(answer: str, extracted: str) -> str:
     """
     golds = [_OR.sub(",", gold) for gold in _ALTERNATIVES.split(answer)]
     parts = _OR.split(extracted)
-    if len(parts) > 1 and any(
-        _compare(gold, ",".join(parts)) == "correct" for gold in golds if not _POINT.fullmatch(gold)
-    ):
+    if len(parts) > 1 and any(_compare(gold, ",".join(parts)) == "correct" for gold in golds if not _POINT.fullmatch(gold)):
         return "correct"
     for part in parts:
         verdicts = {_compare(gold, part) for gold in golds}

@@ -1,7 +1,7 @@
 """Two loggers: a plain file of metrics that is always there, and Weights & Biases that needs no account to start.
 
-The file is the record; W&B is a mirror of it. Lightning numbers its log calls by batch, from 0: the line with step 5 is
-the sixth rollout batch, and an evaluation right after it has step 5 too.
+The file is the record; W&B is a mirror of it. The module logs its own step: line 5 of training describes the fifth rollout
+batch, and an evaluation right after it has step 5 too; step 0 is the untrained policy.
 """
 
 import netrc

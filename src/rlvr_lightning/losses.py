@@ -88,7 +88,11 @@ class Objective:
 
     def __str__(self) -> str:
         """The formula with its numbers, terms at 0 left out."""
-        terms = [(self.policy_coef, "surrogate"), (self.kl_coef, "KL(policy || reference)"), (-self.entropy_coef, "entropy")]
+        terms = [
+            (self.policy_coef, "surrogate"),
+            (self.kl_coef, "KL(policy || reference)"),
+            (-self.entropy_coef, "entropy"),
+        ]
         shown = [("- " if c < 0 else "+ ") + (f"{abs(c):g} * " if abs(c) != 1 else "") + name for c, name in terms if c]
         return "loss = " + (" ".join(shown).removeprefix("+ ") or "0 (nothing but weight decay moves the weights)")
 

@@ -36,7 +36,9 @@ def resolve_model(name: str) -> str:
             raise ConfigError(f"model folder {name!r} holds no config.json: point policy.model at a Hugging Face model folder")
         return str(path)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ConfigError(f"model folder {name!r} does not exist: set policy.model to a folder, a hub id (owner/name) or embedded:NAME")
+        raise ConfigError(
+            f"model folder {name!r} does not exist: set policy.model to a folder, a hub id (owner/name) or embedded:NAME"
+        )
     return name
 
 

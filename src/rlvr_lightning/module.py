@@ -72,7 +72,7 @@ class RLVRModule(LightningModule):
         policy: PolicyConfig,
         objective: Objective = Objective(),  # noqa: B008 - frozen
         advantage: Literal["group_norm", "group_center", "leave_one_out"] = "group_norm",
-        optimizer: AdamW = AdamW(),  # noqa: B008 - frozen
+        optimizer: AdamW = AdamW(),
         updates_per_step: int = 1,
         tokens_per_micro_batch: int = 16384,
         max_grad_norm: float = 1.0,
@@ -104,6 +104,11 @@ class RLVRModule(LightningModule):
     def policy_version(self) -> int:
         """Optimizer updates so far; an engine whose version differs is stale."""
         return self.trainer.global_step
+
+    @property
+    def steps_done(self) -> int:
+        """Rollout batches trained on so far: the x-axis of every log."""
+        return self.trainer.global_step // self.updates_per_step
 
     def weights(self) -> PolicyWeights:
         """Return the policy as an engine may see it."""
@@ -148,9 +153,7 @@ class RLVRModule(LightningModule):
     def _shard(self, policy: Policy) -> Policy:
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             assert self.device_mesh is not None
-            policy.shard(
-                self.device_mesh["data_parallel"], torch.bfloat16 if self.compute_dtype == torch.bfloat16 else None
-            )
+            policy.shard(self.device_mesh["data_parallel"], torch.bfloat16 if self.compute_dtype == torch.bfloat16 else None)
         return policy
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -186,6 +189,7 @@ class RLVRModule(LightningModule):
         share = self._sum(torch.stack([silent.sum(), torch.tensor(float(len(silent)))]).to(self.device))
         self.log("rollout/zero_advantage_fraction", share[0] / share[1], batch_size=len(data))
         self.log_dict({f"time/{part}_s": seconds for part, seconds in self._seconds.items()}, batch_size=len(data))
+        self.log("step", float(self.steps_done))  # Lightning takes the x-axis from here
 
     def _update(self, minibatch: RolloutBatch, *, first: bool) -> dict[str, Tensor | float]:
         """Take one optimizer step on a mini-batch; return what to log.
@@ -319,7 +323,9 @@ class RLVRModule(LightningModule):
 
     def _log_evaluators(self, stage: str) -> None:
         for name, metrics in self._evaluators.items():
-            self.log_dict({f"{stage}/{name}/{key}": value for key, value in metrics.compute().items()})
+            # Every rank holds the same value already: sync_dist only tells Lightning so.
+            self.log_dict({f"{stage}/{name}/{k}": v.float() for k, v in metrics.compute().items()}, sync_dist=True)
+        self.log("step", float(self.steps_done), sync_dist=True)
         self._evaluators.clear()
 
     def validation_step(self, batch: ProblemBatch, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -87,7 +87,9 @@ class PolicyConfig:
         config, tokenizer = load_config_and_tokenizer(self.model_path)
         for attribute in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             if getattr(config, attribute, None) not in (None, 1.0):
-                raise ConfigError(f"{self.model!r} scales its logits ({attribute}), which is not supported: choose another model")
+                raise ConfigError(
+                    f"{self.model!r} scales its logits ({attribute}), which is not supported: choose another model"
+                )
         try:
             lm = AutoModelForCausalLM.from_pretrained(
                 self.model_path, dtype=torch.float32, attn_implementation=self.attn_implementation
@@ -250,7 +252,9 @@ def _add_adapters(lm: PreTrainedModel, lora: LoRA) -> None:
     except ImportError as error:
         raise ConfigError("policy.lora needs peft: pip install 'rlvr-lightning[peft]'") from error
     lm.requires_grad_(False)
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, lora_dropout=0.0, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
     inject_adapter_in_model(config, lm)
 
 

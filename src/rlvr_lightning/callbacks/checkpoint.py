@@ -7,7 +7,6 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
 
 from rlvr_lightning.errors import ConfigError
 
@@ -58,16 +57,22 @@ class CheckpointCallback(ModelCheckpoint):
         if self.stopped_by is not None:
             raise KeyboardInterrupt
         self.stopped_by = number
-        rank_zero_info(f"\n{signal.Signals(number).name}: finishing this step, then saving; once more to end at once")
+        print(f"\n{signal.Signals(number).name}: finishing this step, then saving; once more to end at once", flush=True)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Save at intervals; when asked to stop, save and end, on every rank at the same step."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if trainer.strategy.reduce_boolean_decision(self.stopped_by is not None, all=False):
             path = Path(str(self.dirpath)) / "interrupted.ckpt"
             trainer.save_checkpoint(path)
             trainer.should_stop = True
-            rank_zero_info(f"stopped after update {trainer.global_step}; continue with the same command and --ckpt_path {path}")
+            if trainer.is_global_zero:
+                config = Path(trainer.default_root_dir) / "run.yaml"
+                print(
+                    f"stopped after update {trainer.global_step}; continue with:\n  rlvr fit --config {config} --ckpt_path {path}"
+                )
 
     def _restore_signals(self) -> None:
         for number, handler in self._previous.items():

@@ -28,7 +28,9 @@ class ExportCallback(Callback):
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.every_n_steps = every_n_steps
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: RLVRModule, outputs: object, batch: object, batch_idx: int) -> None:  # type: ignore[override]
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: RLVRModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:  # type: ignore[override]
         """Export at intervals."""
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
             self._export(trainer, pl_module, Path(trainer.default_root_dir) / "exports" / f"{trainer.global_step:06d}")

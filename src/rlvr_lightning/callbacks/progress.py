@@ -26,13 +26,7 @@ class ProgressCallback(Callback):
     that of the remaining updates at the median pace of the last 10 batches, so that an evaluation does not disturb it.
     """
 
-    def __init__(self, total: int | None = None) -> None:
-        """Print nothing yet.
-
-        Args:
-            total: Updates in the run. None: ``trainer.max_steps``; without a limit there, no time left is shown.
-        """
-        self.total = total
+    def __init__(self) -> None:
         self._seconds_per_update: deque[float] = deque(maxlen=10)
         self._last: tuple[float, int] = (0.0, 0)
         self._said_zero_advantage = False
@@ -54,7 +48,7 @@ class ProgressCallback(Callback):
         if not trainer.is_global_zero:
             return
         metrics = trainer.callback_metrics
-        total = self.total or (trainer.max_steps if trainer.max_steps > 0 else None)
+        total = trainer.max_steps if trainer.max_steps > 0 else None
         parts = [f"step {step:3d}" if total is None else f"step {step:{max(3, len(str(total)))}d}/{total}"]
         parts += [text.format(float(metrics[key])) for key, text in COLUMNS if key in metrics]
         if total is not None and self._seconds_per_update:

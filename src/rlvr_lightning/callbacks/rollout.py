@@ -3,9 +3,8 @@
 import time
 from typing import Any
 
-import torch
+import psutil
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 
 from rlvr_lightning.data import ProblemDataModule
 from rlvr_lightning.engines import RolloutEngine, Sampling
@@ -51,6 +50,7 @@ class RolloutCallback(Callback):
         self.verifier = verifier or MathVerifier()
         self.seed = seed
         self._window = 0
+        self._step_started = 0.0
         self._collector: Collector | None = None
 
     # --- before anything expensive -------------------------------------------------------------------------------------
@@ -111,42 +111,51 @@ class RolloutCallback(Callback):
         of_what = f"{problems[0].question!r} -> {problems[0].answer}" if len(problems) == 1 else f"{len(problems)} problems"
         skipped = [] if pl_module.uses_reference else ["reference pass (kl_coef is 0)"]
         skipped += ["old-log-prob pass (one update per step: exactly on-policy)"] if updates == 1 else []
-        rank_zero_info(
+        if not trainer.is_global_zero:
+            return
+        print(
             f"training on  {of_what}\n"
             f"each step    {groups} groups x {group} rollouts = {groups * group} completions of at most "
             f"{self.sampling.max_tokens} tokens at temperature {self.sampling.temperature:g}, {updates} update(s)\n"
             f"objective    {pl_module.objective}; advantage {pl_module.advantage}\n"
             f"engine       {type(self.engine).__name__}, learner in {str(pl_module.compute_dtype).removeprefix('torch.')} "
             f"with float32 weights on {trainer.world_size} process(es)\n"
-            f"skipped      {', '.join(skipped) or 'nothing'}"
+            f"skipped      {', '.join(skipped) or 'nothing'}",
+            flush=True,
         )
 
     # --- the arrows from engine to batch -------------------------------------------------------------------------------
 
-    def _attach(self, module: RLVRModule, batch: ProblemBatch, prompt: PromptTemplate, sampling: Sampling) -> None:
+    def _attach(self, module: RLVRModule, batch: ProblemBatch, prompt: PromptTemplate, sampling: Sampling) -> dict[str, float]:
+        """Fill ``batch.rollouts``; return the seconds of each part."""
         assert self._collector is not None
+        started = time.perf_counter()
         if self.engine.version != module.policy_version:
-            started = time.perf_counter()
             self.engine.sync(module.weights(), module.policy_version, window=self._window)
-            self._collector.seconds["sync"] = time.perf_counter() - started
-        else:
-            self._collector.seconds["sync"] = 0.0
+        synced = time.perf_counter()
         batch.rollouts = self._collector.collect(batch, prompt, sampling)
+        return {"sync": synced - started, **self._collector.seconds}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: RLVRModule, batch: ProblemBatch, batch_idx: int) -> None:  # type: ignore[override]
         """Attach this step's rollouts and log what they say."""
-        self._attach(pl_module, batch, self.prompt, self.sampling)
+        self._step_started = time.perf_counter()
+        seconds = self._attach(pl_module, batch, self.prompt, self.sampling)
         self.engine.sleep()
         assert batch.rollouts is not None
-        assert self._collector is not None
         metrics = rollout_metrics().to(pl_module.device)
         metrics.update(batch.rollouts)
         generated = sum(len(r.completion.token_ids) for r in batch.rollouts)
-        seconds = self._collector.seconds
-        values: dict[str, Any] = {f"rollout/{key}": value for key, value in metrics.compute().items()}
+        values: dict[str, Any] = {f"rollout/{key}": value.float() for key, value in metrics.compute().items()}
         values["rollout/tokens_per_s"] = generated / max(seconds["generate"], 1e-9)
         values |= {f"time/{part}_s": value for part, value in seconds.items()}
-        pl_module.log_dict({k: torch.as_tensor(v, dtype=torch.float32) for k, v in values.items()}, batch_size=len(batch.rollouts))
+        pl_module.log_dict(values, batch_size=len(batch.rollouts))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: RLVRModule, outputs: Any, batch: ProblemBatch, batch_idx: int
+    ) -> None:  # type: ignore[override]
+        """Log the whole step's time and the memory it ended with."""
+        pl_module.log("time/step_s", time.perf_counter() - self._step_started)
+        pl_module.log("memory/rss_gib", psutil.Process().memory_info().rss / 2**30)
 
     def _evaluate(self, module: RLVRModule, batch: ProblemBatch) -> None:
         self._attach(module, batch, self.eval_prompt, self.eval_sampling)

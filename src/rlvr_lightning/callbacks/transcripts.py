@@ -42,9 +42,7 @@ class TranscriptCallback(Callback):
             table_rows: Rollouts in a table; 0: no tables.
         """
         if every_n_steps < 1 or table_rows < 0:
-            raise ValueError(
-                f"every_n_steps must be at least 1 ({every_n_steps}), table_rows at least 0 ({table_rows})"
-            )
+            raise ValueError(f"every_n_steps must be at least 1 ({every_n_steps}), table_rows at least 0 ({table_rows})")
         self.every_n_steps, self.table_rows = every_n_steps, table_rows
         self._written: int | None = None
         self._evaluated: list[tuple[str, dict[str, Any]]] = []

@@ -7,6 +7,7 @@ and redoes the CPU backend's repacking of linear weights (a plain ``load_weights
 import gc
 import importlib.util
 import os
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,7 +49,9 @@ class VLLMEngine(RolloutEngine):
         sleep: bool = True,
     ) -> None:
         if gpu_memory_utilization is not None and not 0 < gpu_memory_utilization <= 1:
-            raise ConfigError(f"rollout.engine.gpu_memory_utilization is {gpu_memory_utilization}: set it above 0 and at most 1")
+            raise ConfigError(
+                f"rollout.engine.gpu_memory_utilization is {gpu_memory_utilization}: set it above 0 and at most 1"
+            )
         if kv_cache_gib is not None and kv_cache_gib < 1:
             raise ConfigError(f"rollout.engine.kv_cache_gib is {kv_cache_gib}: set it to 1 or more")
         if max_num_seqs < 1:
@@ -87,7 +90,9 @@ class VLLMEngine(RolloutEngine):
     def sync(self, weights: WeightSource, version: int, *, window: int) -> None:
         """Load the weights into vLLM, starting it first if needed, and drop the prefix cache that old weights filled."""
         if self._llm is not None and window > self._window:
-            raise ConfigError(f"vLLM was started for {self._window} tokens and cannot serve {window}: sync with the largest first")
+            raise ConfigError(
+                f"vLLM was started for {self._window} tokens and cannot serve {window}: sync with the largest first"
+            )
         if self._llm is None:
             self._llm = self._start(weights, window)
         if self._asleep:
@@ -105,14 +110,9 @@ class VLLMEngine(RolloutEngine):
 
     def _start(self, weights: WeightSource, window: int) -> "LLM":
         on_gpu = torch.cuda.is_available()
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights stay plain tensors
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         if not on_gpu:
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # keep the threads that the learner uses
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(self._kv_cache_gib or 1)
-        from vllm import LLM
-
+        vllm = import_vllm()
         platform: dict[str, Any] = (
             {
                 "gpu_memory_utilization": self._gpu_memory_utilization or 0.45,
@@ -123,7 +123,7 @@ class VLLMEngine(RolloutEngine):
             else {"enforce_eager": True, "block_size": _BLOCK_SIZE}
         )
         threads = torch.get_num_threads()
-        llm = LLM(
+        llm = vllm.LLM(
             weights.model_path,
             dtype=str(weights.dtype).removeprefix("torch.") if self._dtype == "auto" else self._dtype,
             load_format="dummy",  # the real weights always come from the learner
@@ -152,10 +152,9 @@ class VLLMEngine(RolloutEngine):
         One request with n = G is not the same as G requests (vllm-project/vllm#16449), and only requests have seeds.
         """
         require_weights(self)
-        from vllm import TokensPrompt
-
+        vllm = import_vllm()
         assert self._llm is not None
-        inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+        inputs = [vllm.TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
         if sampling.rollouts_per_problem > 1:
             # Requests that arrive together are prefilled together, each in full. One token per distinct prompt first
             # puts it into the prefix cache: measured on two cores, 64 rollouts of a 68-token prompt in half the time.
@@ -169,9 +168,7 @@ class VLLMEngine(RolloutEngine):
         return [completions[i : i + group] for i in range(0, len(completions), group)]
 
     def _params(self, sampling: Sampling, seed: int | None, max_tokens: int | None = None) -> "SamplingParams":
-        from vllm import SamplingParams
-
-        return SamplingParams(
+        return import_vllm().SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=0,
@@ -205,6 +202,22 @@ class VLLMEngine(RolloutEngine):
         self._llm = None
         self.version = None
         gc.collect()
+
+
+def import_vllm() -> Any:
+    """Return the ``vllm`` module, imported with the environment that an engine inside the learner's process needs.
+
+    Raises:
+        ImportError: or whatever else vLLM's import raises on a machine that it does not support.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights stay plain tensors
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # keep the threads that the learner uses
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # vLLM's import trips over deprecations of its own
+        import vllm
+    return vllm
 
 
 def _repack_tied_head(model: torch.nn.Module) -> None:
