@@ -34,9 +34,7 @@ TWINS = [
 ]
 
 
-def rollout(
-    length: int, *, reward: float, correct: bool, extracted: str | None = "2", finish_reason: str = "stop"
-) -> Rollout:
+def rollout(length: int, *, reward: float, correct: bool, extracted: str | None = "2", finish_reason: str = "stop") -> Rollout:
     completion = Completion((1,) * length, (-0.5,) * length, "text", finish_reason)
     score = Score(reward, correct, "correct" if correct else "wrong", extracted)
     return Rollout(PROBLEM, (7,), completion, score, 1.0, 0)

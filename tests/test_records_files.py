@@ -43,9 +43,7 @@ def make_rollouts(batch: ProblemBatch, version: int, reward: float | None = None
             length = 1 + batch.step + slot + sample
             right = sample == 0
             score = Score(float(right) if reward is None else reward, right, "correct" if right else "wrong", "2")
-            completion = Completion(
-                (5,) * length, (-0.25,) * length, f"é step {batch.step}\n", "stop" if right else "length"
-            )
+            completion = Completion((5,) * length, (-0.25,) * length, f"é step {batch.step}\n", "stop" if right else "length")
             rollouts.append(Rollout(problem, (1, 2), completion, score, 0.6, version))
     return rollouts
 

@@ -7,6 +7,7 @@ Legend: ``P`` problems, ``G`` rollouts per problem, ``B = P * G`` rows, ``S`` to
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -115,7 +116,7 @@ class RolloutBatch:
 def split_evenly(num_rows: int, parts: int) -> list[range]:
     """Return ``parts`` contiguous ranges over ``num_rows`` rows whose sizes differ by one at most."""
     bounds = [num_rows * i // parts for i in range(parts + 1)]
-    return [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(bounds)]
 
 
 OVERHEAD_TOKENS = 128

@@ -147,6 +147,7 @@ def _quiet() -> None:
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     for message in (
         r".*module\(s\) in eval mode at the start of training.*",  # dropout is off: the ratio compares one network
+        r".*It is recommended to use `self\.log\(.*sync_dist.*",  # evaluators have summed over ranks already
         r".*isinstance\(treespec, LeafSpec\).*",
         r".*Checkpoint directory .* exists and is not empty.*",
     ):
@@ -172,4 +173,4 @@ def _explain(message: str, parser: LightningArgumentParser) -> str:
 
 
 def _leaves(parser: LightningArgumentParser) -> list[str]:
-    return [k for k in parser.get_defaults(skip_validation=True).keys()]
+    return list(parser.get_defaults(skip_validation=True).keys())

@@ -54,6 +54,7 @@ class Accuracy(RolloutMean):
 
     @staticmethod
     def value(rollout: Rollout) -> float:
+        """Return what one rollout counts."""
         return float(rollout.score.correct)
 
 
@@ -64,6 +65,7 @@ class BoxedRate(RolloutMean):
 
     @staticmethod
     def value(rollout: Rollout) -> float:
+        """Return what one rollout counts."""
         return float(rollout.score.extracted is not None)
 
 
@@ -72,6 +74,7 @@ class MeanLength(RolloutMean):
 
     @staticmethod
     def value(rollout: Rollout) -> float:
+        """Return what one rollout counts."""
         return float(len(rollout.completion.token_ids))
 
 
@@ -82,6 +85,7 @@ class TruncationRate(RolloutMean):
 
     @staticmethod
     def value(rollout: Rollout) -> float:
+        """Return what one rollout counts."""
         return float(rollout.completion.finish_reason == "length")
 
 
@@ -92,6 +96,7 @@ class MeanReward(RolloutMean):
 
     @staticmethod
     def value(rollout: Rollout) -> float:
+        """Return what one rollout counts."""
         return rollout.score.reward
 
 

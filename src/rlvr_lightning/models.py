@@ -100,5 +100,5 @@ def _convert_gguf(folder: Path, gguf_file: str, target: Path) -> None:
     model = type(source)(config)
     model.load_state_dict(source.state_dict())
     model.generation_config = source.generation_config
-    model.to(torch.bfloat16).save_pretrained(target)
+    model.to(dtype=torch.bfloat16).save_pretrained(target)
     AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file).save_pretrained(target)

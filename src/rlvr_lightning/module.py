@@ -323,9 +323,8 @@ class RLVRModule(LightningModule):
 
     def _log_evaluators(self, stage: str) -> None:
         for name, metrics in self._evaluators.items():
-            # Every rank holds the same value already: sync_dist only tells Lightning so.
-            self.log_dict({f"{stage}/{name}/{k}": v.float() for k, v in metrics.compute().items()}, sync_dist=True)
-        self.log("step", float(self.steps_done), sync_dist=True)
+            self.log_dict({f"{stage}/{name}/{k}": v.float() for k, v in metrics.compute().items()})
+        self.log("step", float(self.steps_done))
         self._evaluators.clear()
 
     def validation_step(self, batch: ProblemBatch, batch_idx: int, dataloader_idx: int = 0) -> None:

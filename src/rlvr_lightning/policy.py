@@ -40,7 +40,7 @@ class LoRA:
 
     rank: int = 32
     """Rank of every adapter."""
-    alpha: float = 64.0
+    alpha: int = 64
     """The adapter's output is scaled by alpha / rank."""
     target_modules: str | list[str] = "all-linear"
     """Module names to adapt, or ``all-linear`` (every linear layer but the head)."""
@@ -133,9 +133,7 @@ class Policy(nn.Module):
             hidden, targets, mask = self._forward_shared_prompt(batch)
         else:
             hidden, targets, mask = self._forward_rows(batch)
-        logprobs, entropy = token_logprobs_and_entropy(
-            hidden[mask], targets[mask], self.lm.get_output_embeddings(), batch.temperature
-        )
+        logprobs, entropy = token_logprobs_and_entropy(hidden[mask], targets[mask], self._head, batch.temperature)
         empty = torch.zeros(batch.input_ids.shape, dtype=logprobs.dtype, device=logprobs.device)
         # Row-major order of the mask is the order of `hidden[mask]`. The sum keeps an empty mask in the graph: under
         # FSDP2 every rank has to run the backward pass.
@@ -144,6 +142,12 @@ class Policy(nn.Module):
             logprobs=empty.masked_scatter(batch.completion_mask, logprobs) + anchor,
             entropy=empty.masked_scatter(batch.completion_mask, entropy),
         )
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Return logits (n, V) for hidden states (n, H)."""
+        head = self.lm.get_output_embeddings()
+        assert head is not None
+        return head(hidden)
 
     def _forward_rows(self, batch: RolloutBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return hidden states (b, S-1, H), the tokens they predict (b, S-1) and the mask of those to learn from."""

@@ -24,7 +24,9 @@ EVALS = ("addition_1digit", "subtraction_1digit", "addition_2digit")
 
 def main(args: list[str]) -> int:
     """Parse the command line (its first word is ``quickstart``) and run; return the exit status."""
-    return jsonargparse.auto_cli(quickstart, args=args[1:], as_positional=False)
+    status = jsonargparse.auto_cli(quickstart, args=args[1:], as_positional=False)
+    assert isinstance(status, int)
+    return status
 
 
 def quickstart(

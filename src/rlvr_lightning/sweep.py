@@ -39,13 +39,12 @@ def run_job(cfg: DictConfig) -> None:
     config = folder / "run.yaml"
     OmegaConf.save(cfg, config, resolve=True)
     overrides = " ".join(job.overrides.task) or "no overrides"
-    print(f"job {job.job.get('num', 0)}: {overrides}\n       {folder}", flush=True)
+    number = OmegaConf.select(job, "job.num", default=0)  # only a multirun numbers its jobs
+    print(f"job {number}: {overrides}\n       {folder}", flush=True)
     # Python finds modules in the current folder, which Hydra leaves alone: the child sees the same paths as this process.
     status = subprocess.run([sys.executable, "-m", "rlvr_lightning", "fit", "--config", str(config)], check=False).returncode
     if status:
-        raise ConfigError(
-            f"job {job.job.get('num', 0)} ({overrides}) ended with exit status {status}; its files are in {folder}"
-        )
+        raise ConfigError(f"job {number} ({overrides}) ended with exit status {status}; its files are in {folder}")
 
 
 def main(args: list[str]) -> int:

@@ -57,7 +57,7 @@ class CheckpointCallback(ModelCheckpoint):
         if self.stopped_by is not None:
             raise KeyboardInterrupt
         self.stopped_by = number
-        print(f"\n{signal.Signals(number).name}: finishing this step, then saving; once more to end at once", flush=True)
+        print(f"\n{signal.Signals(number).name}: finishing this step, then saving; again to end at once", flush=True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -54,12 +54,13 @@ class HFEngine(RolloutEngine):
     def _copy_of(self, weights: WeightSource) -> PreTrainedModel:
         if self._copy is None:
             self._copy = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(weights.model_path)).eval()
+        copy: Any = self._copy
         state = dict(weights.tensors())
-        missing, unexpected = self._copy.load_state_dict(state, strict=False)
-        tied = set(getattr(self._copy, "_tied_weights_keys", None) or ())
+        missing, unexpected = copy.load_state_dict(state, strict=False)
+        tied = set(getattr(copy, "_tied_weights_keys", None) or ())
         if unexpected or set(missing) - tied:
             raise RuntimeError(f"the engine's copy and the policy differ: missing {missing}, unexpected {unexpected}")
-        return self._copy.to(next(iter(state.values())).device)
+        return copy.to(next(iter(state.values())).device)
 
     @torch.no_grad()
     def generate(
@@ -78,7 +79,8 @@ class HFEngine(RolloutEngine):
     def _generate(self, prompts: list[Sequence[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:
         assert self._model is not None
         assert self._tokenizer is not None
-        model, device = self._model, self._model.device
+        model: Any = self._model
+        device = self._model.device
         width = max(len(p) for p in prompts)
         input_ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
         attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -146,9 +148,9 @@ class _SeededSampler(LogitsProcessor):
         self._device = device
         self.logprobs: list[Tensor] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
         log_p = torch.log_softmax(scores.float() / (self._temperature or 1.0), dim=-1)
-        perturbed = log_p if self._nucleus is None else self._nucleus(input_ids, log_p)  # type: ignore[arg-type]
+        perturbed = log_p if self._nucleus is None else self._nucleus(input_ids, log_p)
         if self._generators:
             perturbed = perturbed + torch.stack([_gumbel(log_p.shape[-1], g) for g in self._generators]).to(self._device)
         self.logprobs.append(log_p.gather(-1, perturbed.argmax(dim=-1, keepdim=True)).squeeze(-1))

@@ -123,23 +123,25 @@ class VLLMEngine(RolloutEngine):
             else {"enforce_eager": True, "block_size": _BLOCK_SIZE}
         )
         threads = torch.get_num_threads()
-        llm = vllm.LLM(
-            weights.model_path,
-            dtype=str(weights.dtype).removeprefix("torch.") if self._dtype == "auto" else self._dtype,
-            load_format="dummy",  # the real weights always come from the learner
-            skip_tokenizer_init=True,
-            generation_config="vllm",  # nothing hidden in the model's own generation config
-            logprobs_mode="processed_logprobs",  # at the sampling temperature
-            max_model_len=window,
-            max_num_seqs=self._max_num_seqs,
-            # With per-request seeds the CPU build crashes on a prompt that is prefilled in two chunks.
-            max_num_batched_tokens=max(8192, window),
-            enable_chunked_prefill=on_gpu,
-            enable_prefix_caching=True,
-            disable_log_stats=True,
-            seed=0,
-            **platform,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # vLLM's own imports
+            llm = vllm.LLM(
+                weights.model_path,
+                dtype=str(weights.dtype).removeprefix("torch.") if self._dtype == "auto" else self._dtype,
+                load_format="dummy",  # the real weights always come from the learner
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # nothing hidden in the model's own generation config
+                logprobs_mode="processed_logprobs",  # at the sampling temperature
+                max_model_len=window,
+                max_num_seqs=self._max_num_seqs,
+                # With per-request seeds the CPU build crashes on a prompt that is prefilled in two chunks.
+                max_num_batched_tokens=max(8192, window),
+                enable_chunked_prefill=on_gpu,
+                enable_prefix_caching=True,
+                disable_log_stats=True,
+                seed=0,
+                **platform,
+            )
         torch.set_num_threads(threads)
         self._window, self._tokenizer, self._eos = window, weights.tokenizer, weights.eos_token_ids
         return llm
@@ -185,7 +187,7 @@ class VLLMEngine(RolloutEngine):
         return Completion(
             token_ids=token_ids,
             logprobs=tuple(step[token].logprob for step, token in zip(output.logprobs, token_ids, strict=True)),
-            text=str(self._tokenizer.decode(token_ids, skip_special_tokens=True)),
+            text=str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True)),
             finish_reason="stop" if output.finish_reason == "stop" else "length",
         )
 
