@@ -35,7 +35,7 @@ def group_center(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
     >>> group_center(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
     tensor([[ 0.7500, -0.2500, -0.2500, -0.2500]])
     """
-    return rewards - rewards.mean(dim=-1, keepdim=True)
+    return torch.where((rewards == rewards[..., :1]).all(-1, keepdim=True), 0.0, rewards - rewards.mean(-1, keepdim=True))
 
 
 def leave_one_out(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:

@@ -8,6 +8,7 @@ Legend: ``P`` problems, ``G`` rollouts per problem, ``B = P * G`` rows, ``S`` to
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,12 +102,12 @@ class RolloutBatch:
         width = max(self.lengths[i] for i in indices)
         index = torch.tensor(indices, device=self.input_ids.device)
 
-        def cut(value: object) -> object:
+        def cut(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return value[index, :width] if value.dim() == 2 else value[index]
             return tuple(value[i] for i in indices) if isinstance(value, tuple) else value
 
-        return RolloutBatch(**{f.name: cut(getattr(self, f.name)) for f in fields(self)})  # type: ignore[arg-type]
+        return RolloutBatch(**{f.name: cut(getattr(self, f.name)) for f in fields(self)})
 
     def without_completions(self) -> "RolloutBatch":
         """Return the same rows with an all-False mask: forward and backward run, and contribute exactly nothing."""

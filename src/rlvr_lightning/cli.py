@@ -36,7 +36,7 @@ CALLBACKS: dict[str, type] = {
 class RLVRParser(LightningArgumentParser):
     """The parser with errors of one message: what is wrong, and the key that was probably meant."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing a page of usage.
 
         Raises:
@@ -136,7 +136,8 @@ def run(args: list[str]) -> "tuple[int, RLVRCLI]":
     sys.argv = [sys.argv[0], *args]  # Lightning starts further ranks by repeating this command
     _quiet()
     cli = RLVRCLI()
-    stopped = [c.stopped_by for c in cli.trainer.callbacks if isinstance(c, CheckpointCallback) and c.stopped_by]
+    callbacks = cli.trainer.checkpoint_callbacks
+    stopped = [c.stopped_by for c in callbacks if isinstance(c, CheckpointCallback) and c.stopped_by]
     return (128 + stopped[0] if stopped else 0), cli
 
 

@@ -54,7 +54,7 @@ def kl_k3(logprobs: Float[Tensor, "b S"], reference_logprobs: Float[Tensor, "b S
     tensor([[0.0000, 0.3679]])
     """
     d = reference_logprobs - logprobs
-    return (d.exp() - d - 1).clamp(max=10.0)
+    return (d.expm1() - d).clamp(max=10.0)
 
 
 @dataclass(frozen=True, kw_only=True)

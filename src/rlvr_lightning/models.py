@@ -9,7 +9,7 @@ import importlib.util
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlvr_lightning.errors import ConfigError
 
@@ -97,7 +97,7 @@ def _convert_gguf(folder: Path, gguf_file: str, target: Path) -> None:
 
     source = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
     config = type(source.config)(**{k: v for k, v in source.config.to_dict().items() if k != "quantization_config"})
-    model = type(source)(config)
+    model: Any = type(source)(config)
     model.load_state_dict(source.state_dict())
     model.generation_config = source.generation_config
     model.to(dtype=torch.bfloat16).save_pretrained(target)

@@ -108,6 +108,7 @@ class Policy(nn.Module):
         self.tokenizer = tokenizer
         self.generation_config = lm.generation_config or GenerationConfig()
         self.eos_token_ids = _eos_token_ids(lm, tokenizer)
+        lm.generation_config = GenerationConfig()  # else generate() fills in what the model's own asks for, penalties and all
         if config.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         if config.lora is not None:

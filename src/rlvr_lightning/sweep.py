@@ -39,7 +39,7 @@ def run_job(cfg: DictConfig) -> None:
     config = folder / "run.yaml"
     OmegaConf.save(cfg, config, resolve=True)
     overrides = " ".join(job.overrides.task) or "no overrides"
-    number = OmegaConf.select(job, "job.num", default=0)  # only a multirun numbers its jobs
+    number = 0 if OmegaConf.is_missing(job.job, "num") else job.job.num  # only a multirun numbers its jobs
     print(f"job {number}: {overrides}\n       {folder}", flush=True)
     # Python finds modules in the current folder, which Hydra leaves alone: the child sees the same paths as this process.
     status = subprocess.run([sys.executable, "-m", "rlvr_lightning", "fit", "--config", str(config)], check=False).returncode

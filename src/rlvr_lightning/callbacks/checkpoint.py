@@ -70,9 +70,7 @@ class CheckpointCallback(ModelCheckpoint):
             trainer.should_stop = True
             if trainer.is_global_zero:
                 config = Path(trainer.default_root_dir) / "run.yaml"
-                print(
-                    f"stopped after update {trainer.global_step}; continue with:\n  rlvr fit --config {config} --ckpt_path {path}"
-                )
+                print(f"stopped after update {trainer.global_step}; to go on:\n  rlvr fit --config {config} --ckpt_path {path}")
 
     def _restore_signals(self) -> None:
         for number, handler in self._previous.items():

@@ -30,12 +30,12 @@ class ExportCallback(Callback):
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: RLVRModule, outputs: object, batch: object, batch_idx: int
-    ) -> None:  # type: ignore[override]
+    ) -> None:
         """Export at intervals."""
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
             self._export(trainer, pl_module, Path(trainer.default_root_dir) / "exports" / f"{trainer.global_step:06d}")
 
-    def on_train_end(self, trainer: Trainer, pl_module: RLVRModule) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: Trainer, pl_module: RLVRModule) -> None:
         """Export the trained policy."""
         self._export(trainer, pl_module, Path(trainer.default_root_dir) / "final")
 

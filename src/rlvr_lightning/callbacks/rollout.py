@@ -55,9 +55,9 @@ class RolloutCallback(Callback):
 
     # --- before anything expensive -------------------------------------------------------------------------------------
 
-    def setup(self, trainer: Trainer, pl_module: RLVRModule, stage: str) -> None:  # type: ignore[override]
+    def setup(self, trainer: Trainer, pl_module: RLVRModule, stage: str) -> None:
         """Check everything that can be checked without loading weights or starting an engine."""
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        datamodule = getattr(trainer, "datamodule", None)
         if not isinstance(datamodule, ProblemDataModule):
             raise ConfigError("RolloutCallback needs a ProblemDataModule: pass datamodule= to the trainer")
         if stage == "fit":
@@ -103,9 +103,9 @@ class RolloutCallback(Callback):
             )
         return max(n + most for n, most, _ in lengths)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: RLVRModule) -> None:  # type: ignore[override]
+    def on_fit_start(self, trainer: Trainer, pl_module: RLVRModule) -> None:
         """Say in words what this run is."""
-        datamodule: ProblemDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        datamodule: ProblemDataModule = getattr(trainer, "datamodule")  # noqa: B009 - set by Lightning at run time
         problems, groups = datamodule.train_problems, datamodule.problems_per_step
         group, updates = self.sampling.rollouts_per_problem, pl_module.updates_per_step
         of_what = f"{problems[0].question!r} -> {problems[0].answer}" if len(problems) == 1 else f"{len(problems)} problems"
@@ -136,7 +136,7 @@ class RolloutCallback(Callback):
         batch.rollouts = self._collector.collect(batch, prompt, sampling)
         return {"sync": synced - started, **self._collector.seconds}
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: RLVRModule, batch: ProblemBatch, batch_idx: int) -> None:  # type: ignore[override]
+    def on_train_batch_start(self, trainer: Trainer, pl_module: RLVRModule, batch: ProblemBatch, batch_idx: int) -> None:
         """Attach this step's rollouts and log what they say."""
         self._step_started = time.perf_counter()
         seconds = self._attach(pl_module, batch, self.prompt, self.sampling)
@@ -152,7 +152,7 @@ class RolloutCallback(Callback):
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: RLVRModule, outputs: Any, batch: ProblemBatch, batch_idx: int
-    ) -> None:  # type: ignore[override]
+    ) -> None:
         """Log the whole step's time and the memory it ended with."""
         pl_module.log("time/step_s", time.perf_counter() - self._step_started)
         pl_module.log("memory/rss_gib", psutil.Process().memory_info().rss / 2**30)
@@ -162,19 +162,19 @@ class RolloutCallback(Callback):
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: RLVRModule, batch: ProblemBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:  # type: ignore[override]
+    ) -> None:
         """Attach evaluation rollouts."""
         self._evaluate(pl_module, batch)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: RLVRModule, batch: ProblemBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:  # type: ignore[override]
+    ) -> None:
         """Attach evaluation rollouts."""
         self._evaluate(pl_module, batch)
 
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: RLVRModule, batch: ProblemBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:  # type: ignore[override]
+    ) -> None:
         """Attach evaluation rollouts."""
         self._evaluate(pl_module, batch)
 
@@ -185,13 +185,13 @@ class RolloutCallback(Callback):
         self.engine.close()
         self.verifier.close()
 
-    def teardown(self, trainer: Trainer, pl_module: RLVRModule, stage: str) -> None:  # type: ignore[override]
+    def teardown(self, trainer: Trainer, pl_module: RLVRModule, stage: str) -> None:
         """Close everything, except after ``validate``: a fit that follows would start the engine a second time."""
         if stage == "validate":
             self.engine.sleep()
         else:
             self.close()
 
-    def on_exception(self, trainer: Trainer, pl_module: RLVRModule, exception: BaseException) -> None:  # type: ignore[override]
+    def on_exception(self, trainer: Trainer, pl_module: RLVRModule, exception: BaseException) -> None:
         """Leave no process behind."""
         self.close()

@@ -43,15 +43,30 @@ class Sampling:
 class WeightSource(Protocol):
     """What an engine may know about the learner's policy."""
 
-    model_path: str
-    """Folder or hub id that holds config and tokenizer (and the weights before training)."""
-    dtype: "torch.dtype"
-    """The dtype in which the learner computes its forward pass."""
-    tokenizer: "PreTrainedTokenizerBase"
-    eos_token_ids: tuple[int, ...]
-    """Every token that ends a completion."""
-    live_model: "PreTrainedModel | None"
-    """The learner's own causal LM; None when it is sharded over processes."""
+    @property
+    def model_path(self) -> str:
+        """Folder or hub id that holds config and tokenizer (and the weights before training)."""
+        ...
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """The dtype in which the learner computes its forward pass."""
+        ...
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The policy's tokenizer."""
+        ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends a completion."""
+        ...
+
+    @property
+    def live_model(self) -> "PreTrainedModel | None":
+        """The learner's own causal LM; None when it is sharded over processes."""
+        ...
 
     def tensors(self) -> "Iterator[tuple[str, torch.Tensor]]":
         """Yield (name, full tensor) pairs with Hugging Face names, tied duplicates left out and LoRA merged.

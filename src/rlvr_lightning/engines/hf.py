@@ -141,6 +141,8 @@ class _SeededSampler(LogitsProcessor):
     log-prob of each chosen token.
     """
 
+    _nucleus: Any
+
     def __init__(self, seeds: list[int], sampling: Sampling, device: torch.device) -> None:
         self._temperature = sampling.temperature
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds] if sampling.temperature > 0 else []
