@@ -229,13 +229,11 @@ def test_greedy_output_follows_the_weights_there_and_back(engine: RolloutEngine,
 def test_a_change_of_the_embedding_alone_reaches_the_tied_head(engine: RolloutEngine, policy: Policy) -> None:
     assert policy.lm.get_output_embeddings().weight is policy.lm.get_input_embeddings().weight
     embedding = policy.lm.get_input_embeddings().weight
-    used = sorted({*SHORT, *(t for c in sample(engine, SHORT) for t in c.token_ids)})
     unused = [i for i in range(len(embedding)) if i not in SHORT]
     with torch.no_grad():
         embedding[unused] *= 1.5  # rows that the prompt does not read: the first token changes through the head alone
     sync(engine, policy, 1)
     completions = sample(engine, SHORT)
-    assert used
     assert gap(policy, SHORT, completions).abs().max() < 1e-4
 
 

@@ -68,6 +68,7 @@ class RLVRCLI(LightningCLI):
                 "num_sanity_val_steps": 0,
                 "inference_mode": False,
                 "log_every_n_steps": 1,
+                "val_check_interval": 20,
                 "enable_progress_bar": False,
                 "enable_model_summary": False,
             },

@@ -138,6 +138,8 @@ class RLVRModule(LightningModule):
             raise ConfigError("trainer.accumulate_grad_batches has no effect here: set data.problems_per_step instead")
         if trainer.gradient_clip_val:
             raise ConfigError("trainer.gradient_clip_val has no effect here: set model.max_grad_norm instead")
+        if stage == "fit" and trainer.max_steps == -1:
+            raise ConfigError("trainer.max_steps is not set and the problems never run out: set it to a number of updates")
 
     def configure_model(self) -> None:
         """Load the policy once; shard it under FSDP2."""

@@ -189,6 +189,7 @@ class RolloutCallback(Callback):
         """Close everything, except after ``validate``: a fit that follows would start the engine a second time."""
         if stage == "validate":
             self.engine.sleep()
+            self.engine.version = None  # the next entry may load other weights under the same version
         else:
             self.close()
 

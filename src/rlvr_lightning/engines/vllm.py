@@ -34,8 +34,8 @@ class VLLMEngine(RolloutEngine):
         gpu_memory_utilization: share of the GPU that vLLM may use; None = 0.45 (GPU only).
         kv_cache_gib: size of the key/value cache in GiB; None = 1 (CPU only).
         max_num_seqs: most sequences decoded at the same time.
-        enforce_eager: skip CUDA graphs: faster start, slower decoding (GPU only; the CPU always runs eagerly).
-        sleep: free vLLM's weights and cache while the learner updates (GPU only). Off: both stay resident.
+        enforce_eager: skip CUDA graphs: faster start, slower decoding; None = False (GPU only; the CPU always runs eagerly).
+        sleep: free vLLM's weights and cache while the learner updates; None = True (GPU only). False: both stay resident.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class VLLMEngine(RolloutEngine):
         gpu_memory_utilization: float | None = None,
         kv_cache_gib: int | None = None,
         max_num_seqs: int = 256,
-        enforce_eager: bool = False,
-        sleep: bool = True,
+        enforce_eager: bool | None = None,
+        sleep: bool | None = None,
     ) -> None:
         if gpu_memory_utilization is not None and not 0 < gpu_memory_utilization <= 1:
             raise ConfigError(
@@ -62,7 +62,7 @@ class VLLMEngine(RolloutEngine):
         self._kv_cache_gib = kv_cache_gib
         self._max_num_seqs = max_num_seqs
         self._enforce_eager = enforce_eager
-        self._sleep_allowed = sleep
+        self._sleep = sleep
         self._llm: LLM | None = None
         self._asleep = False
         self._window = 0
@@ -79,8 +79,10 @@ class VLLMEngine(RolloutEngine):
         if torch.cuda.is_available():
             if self._kv_cache_gib is not None:
                 raise ConfigError("rollout.engine.kv_cache_gib has no effect on a GPU: set gpu_memory_utilization instead")
-        elif self._gpu_memory_utilization is not None:
-            raise ConfigError("rollout.engine.gpu_memory_utilization has no effect on a CPU: set kv_cache_gib instead")
+        else:
+            for key in ("gpu_memory_utilization", "enforce_eager", "sleep"):
+                if getattr(self, f"_{key}") is not None:
+                    raise ConfigError(f"rollout.engine.{key} has no effect on a CPU: leave it out")
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise ConfigError(
                 "VLLMEngine in process serves one learner process, and this run has "
@@ -116,8 +118,8 @@ class VLLMEngine(RolloutEngine):
         platform: dict[str, Any] = (
             {
                 "gpu_memory_utilization": self._gpu_memory_utilization or 0.45,
-                "enable_sleep_mode": self._sleep_allowed,
-                "enforce_eager": self._enforce_eager,
+                "enable_sleep_mode": self._sleep is not False,
+                "enforce_eager": bool(self._enforce_eager),
             }
             if on_gpu
             else {"enforce_eager": True, "block_size": _BLOCK_SIZE}
@@ -193,7 +195,7 @@ class VLLMEngine(RolloutEngine):
 
     def sleep(self) -> None:
         """On a GPU, discard weights and cache until the next sync. The CPU backend has no such mode."""
-        if self._llm is not None and torch.cuda.is_available() and self._sleep_allowed and not self._asleep:
+        if self._llm is not None and torch.cuda.is_available() and self._sleep is not False and not self._asleep:
             self._llm.sleep(level=2)
             self._asleep, self.version = True, None
 
