@@ -4,6 +4,7 @@ The model's own generation config is hostile on purpose (top-k 2, a repetition p
 through fails the parity tests. ``hf-copy`` is HFEngine as it runs beside a sharded learner, on a private copy.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ WINDOW = 160
 SHORT = (40, 7, 3, 22, 9)
 LONG = tuple(2 + (i * i * 7 + 3 * i) % 80 for i in range(75))  # two whole cache blocks of vLLM, so that a prefix is shared
 SECOND_EOS = 5
-"""A second end-of-sequence token, named in generation_config.json only, as Qwen and Llama do."""
+"""The end-of-sequence token of the config files; the tokenizer names token 0. A completion ends at either."""
 
 EnginePool = Callable[..., RolloutEngine]
 
@@ -61,9 +62,11 @@ def model_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         no_repeat_ngram_size=2,
         min_new_tokens=3,
         suppress_tokens=list(range(10, 40)),
-        eos_token_id=[0, SECOND_EOS],
+        eos_token_id=SECOND_EOS,
         pad_token_id=0,
     ).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": SECOND_EOS}))
     return folder
 
 
@@ -399,15 +402,6 @@ def test_vllm_says_that_it_was_started_for_fewer_tokens(pool: EnginePool, policy
         engine.sync(PolicyWeights(policy, torch.float32), 1, window=WINDOW + 1)
 
 
-@pytest.mark.vllm
-def test_vllm_leaves_the_learner_its_threads(pool: EnginePool, policy: Policy) -> None:
-    threads = torch.get_num_threads()
-    engine = pool("vllm")
-    sync(engine, policy, 0)
-    sample(engine)
-    assert torch.get_num_threads() == threads
-
-
 @pytest.mark.parametrize(
     ("make", "key"),
     [
@@ -439,7 +433,8 @@ def test_bfloat16_engines_are_not_biased_against_a_bfloat16_learner(pool: Engine
         difference = gap(policy, LONG, completions, 0.8)
     assert len(difference) > 2000
     assert difference.mean().abs() < 0.01
-    assert 1e-4 < difference.abs().mean() < 0.1  # it really ran in bfloat16, and rounding is all there is
+    assert difference.abs().mean() < 0.1
+    assert gap(policy, LONG, completions, 0.8).abs().mean() > 1e-3  # a float32 learner: so the engine was bfloat16
 
 
 @pytest.mark.parametrize("name", ENGINES)

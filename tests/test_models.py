@@ -218,9 +218,10 @@ def test_shared_prompts_and_checkpointing_exclude_each_other_before_anything_is_
     assert not PolicyConfig(model="owner/name", gradient_checkpointing=True).shares_prompts
 
 
+@pytest.mark.xfail(raises=ValueError, reason="peft's own error comes through, with a traceback")
 def test_adapters_on_layers_that_do_not_exist_are_refused(folder: Path) -> None:
     pytest.importorskip("peft")
-    with pytest.raises(ValueError, match="no_such_layer"):
+    with pytest.raises(ConfigError, match="no_such_layer"):
         PolicyConfig(model=str(folder), lora=LoRA(rank=2, target_modules=["no_such_layer"])).build()
 
 

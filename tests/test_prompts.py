@@ -16,8 +16,13 @@ EXAMPLES = [("What is 2 + 2?", "\\boxed{4}"), ("What is 1 + 1?", "\\boxed{2}")]
 
 @pytest.fixture
 def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer whose chat template writes ``role:content`` lines and then ``a:``."""
-    return AutoTokenizer.from_pretrained(tiny_model)
+    """Return a tokenizer whose chat template writes ``role:content`` lines and then ``a:``."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+    )
+    return tokenizer
 
 
 def text(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -215,7 +215,9 @@ def gradient_by_hand(model: Path, *, count_eos: bool = True) -> dict[str, Tensor
         for t in kept:
             now, ref = log_p[start + t - 1], log_ref[start + t - 1, completion[t]]
             d = ref - now[completion[t]]
-            total = total - advantage * now[completion[t]] + 0.1 * (d.exp() - d - 1) + 0.05 * (now.exp() * now).sum()
+            total = (
+                total - advantage * now[completion[t]] + 0.1 * (d.exp() - d - 1).clamp(max=10) + 0.05 * (now.exp() * now).sum()
+            )
             tokens += 1
     assert tokens == (32 if count_eos else 27)  # 4 + 1 + 12 + 2 + 7 + 2 + 1 + 3 = 32, five of them end-of-sequence
     (total / tokens).backward()
@@ -231,11 +233,6 @@ def relative_gap(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
 def assert_weights_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert first.keys() == second.keys()
     assert [n for n in first if not torch.equal(first[n], second[n])] == []
-
-
-def same_rollouts(first: Sequence[Rollout], second: Sequence[Rollout]) -> bool:
-    """Text, tokens, log-probs bit by bit, and scores; the problems are other objects of the same content."""
-    return list(first) == list(second)
 
 
 # --- the gradient ------------------------------------------------------------------------------------------------------
@@ -550,8 +547,7 @@ def test_ten_steps_are_five_and_a_checkpoint_and_five_bit_by_bit(tiny_model: Pat
 
     assert [b.step for b in second.record.batches] == [5, 6, 7, 8, 9]
     assert second.record.versions == whole.record.versions[5:]
-    parts = first.record.rollouts() + second.record.rollouts()
-    assert all(same_rollouts(a, b) for a, b in zip(whole.record.rollouts(), parts, strict=True))
+    assert first.record.rollouts() + second.record.rollouts() == whole.record.rollouts()  # log-probs too, bit by bit
     assert [*map(lasting, whole.record.metrics)] == [*map(lasting, first.record.metrics + second.record.metrics)]
     assert_weights_equal(weights(second.module), weights(whole.module))
     assert not torch.equal(weights(first.module)["model.norm.weight"], weights(whole.module)["model.norm.weight"])
@@ -618,7 +614,7 @@ def test_sigterm_finishes_the_step_and_leaves_a_checkpoint_that_resumes_at_the_n
         assert process.wait(60) == 0
     finally:
         process.kill()
-    last = max(int(line.split()[1]) for line in lines if line.startswith("begin")) if "begin" in "".join(lines) else 2
+    last = max([2, *(int(line.split()[1]) for line in lines if line.startswith("begin"))])
     path = tmp_path / "checkpoints" / "interrupted.ckpt"
     assert [p.name for p in path.parent.iterdir()] == ["interrupted.ckpt"]
     assert torch.load(path, weights_only=False)["global_step"] == last + 1

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from rlvr_lightning.callbacks.checkpoint import CheckpointCallback
@@ -47,6 +48,11 @@ class RLVRParser(LightningArgumentParser):
 
 class SaveRunConfig(SaveConfigCallback):
     """Writes ``run.yaml`` into the run directory: ``rlvr fit --config run.yaml`` repeats the run."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save for a fit only: evaluating a run must not overwrite what it was trained with."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
 
 
 class RLVRCLI(LightningCLI):

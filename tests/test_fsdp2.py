@@ -1,0 +1,354 @@
+"""Two real processes that shard the policy with FSDP2 (gloo), against one process that does not.
+
+One launch runs every scenario in turn and leaves what it found on the disk; the tests read it. A scenario in which ranks could
+wait for each other forever has a launch of its own with a short timeout.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from rlvr_lightning.batching import RolloutBatch, plan_micro_batches
+from rlvr_lightning.callbacks.checkpoint import CheckpointCallback
+from rlvr_lightning.callbacks.rollout import RolloutCallback
+from rlvr_lightning.data import SingleExampleDataModule
+from rlvr_lightning.engines import Sampling
+from rlvr_lightning.engines.hf import HFEngine
+from rlvr_lightning.losses import Objective
+from rlvr_lightning.module import AdamW, RLVRModule
+from rlvr_lightning.policy import PolicyConfig
+from rlvr_lightning.records import Completion, Problem, ProblemBatch, Rollout, Score
+from rlvr_lightning.strategies import FSDP2Strategy
+
+pytestmark = pytest.mark.multiprocess
+
+WORLD = 2
+STEPS = 4
+PROBLEMS = [Problem(f"p{i}", f"question {i}", "1") for i in range(4)]
+LENGTHS = [(4, 1, 12, 2), (3, 3, 5, 1), (20, 20, 18, 20), (2, 6, 1, 7)]
+"""Completion tokens of each slot's group. Rank 0 has slots 0 and 2: more tokens, and more micro-batches."""
+SAMPLING = Sampling(rollouts_per_problem=4, temperature=1.0, max_tokens=8)
+SMALL_BUDGET = 45
+PROBE = (20, 30, 40)
+
+
+def group(slot: int, step: int) -> list[Rollout]:
+    """The rollouts of one slot, made up but the same in every process."""
+    generator = torch.Generator().manual_seed(100 * step + slot)
+    prompt = tuple(range(10 + slot % 2, 16 + slot))
+    rollouts = []
+    for sample, length in enumerate(LENGTHS[slot]):
+        tokens = tuple(torch.randint(1, 90, (length,), generator=generator).tolist())
+        reward = float((sample + slot + step) % 3 == 0)
+        score = Score(reward, reward == 1, "wrong", None)
+        rollouts.append(Rollout(PROBLEMS[slot], prompt, Completion(tokens, (-3.0,) * length, "", "length"), score, 0.6, 0))
+    return rollouts
+
+
+class Scripted(Callback):
+    """Attaches the made-up groups of this rank's slots."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: ProblemBatch, batch_idx: int) -> None:
+        batch.problems = tuple(PROBLEMS[slot] for slot in batch.slots)
+        batch.rollouts = [rollout for slot in batch.slots for rollout in group(slot, batch.step)]
+
+
+class NoDigit:
+    """Reward 1 for a completion without digits."""
+
+    def __call__(self, pairs: Sequence[tuple[Problem, Completion]]) -> list[Score]:
+        verdicts = [not any(c.isdigit() for c in completion.text) for _, completion in pairs]
+        return [Score(float(v), v, "correct" if v else "wrong", None) for v in verdicts]
+
+    def check(self, problems: Sequence[Problem]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class Record(Callback):
+    """Metrics, steps and sampled tokens, per step."""
+
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    tokens: list[dict[int, list[tuple[int, ...]]]] = field(default_factory=list)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: ProblemBatch, batch_idx: int) -> None:
+        assert batch.rollouts is not None
+        size = len(batch.rollouts) // len(batch.slots)
+        ids = [r.completion.token_ids for r in batch.rollouts]
+        self.tokens.append({slot: ids[i * size : (i + 1) * size] for i, slot in enumerate(batch.slots)})
+        self.metrics.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+        self.steps.append(batch.step)
+
+
+class ProbeEngine(Callback):
+    """After the first update: what the engine says before and after a sync, and what it holds."""
+
+    def __init__(self, engine: HFEngine) -> None:
+        self.engine = engine
+        self.found: dict[str, Any] = {}
+
+    def ask(self) -> Tensor:
+        sampling = Sampling(rollouts_per_problem=1, temperature=1.0, max_tokens=1)
+        ((completion,),) = self.engine.generate([PROBE], sampling, [[5]])
+        return torch.tensor([completion.token_ids[0], completion.logprobs[0]])
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: RLVRModule, *args: Any) -> None:
+        if trainer.global_step == 1:
+            before = self.ask()
+            self.engine.sync(pl_module.weights(), 1, window=32)
+            assert self.engine._model is not None
+            self.found = {
+                "before": before,
+                "after": self.ask(),
+                "private": self.engine._model is not pl_module.policy.lm,
+                "weights": full(pl_module),
+            }
+
+
+def full(module: RLVRModule) -> dict[str, Tensor]:
+    """Every weight in one piece; all ranks must call it."""
+    return {
+        n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for n, p in module.policy.lm.named_parameters()
+    }
+
+
+def local_share(module: torch.nn.Module) -> dict[str, float]:
+    """Part of each parameter that this rank holds: 1 for whatever is not sharded."""
+    return {n: p.to_local().numel() / p.numel() if isinstance(p, DTensor) else 1.0 for n, p in module.named_parameters()}
+
+
+def train(
+    model: str,
+    root: Path,
+    *extra: Callback,
+    source: Callback | None = None,
+    steps: int = STEPS,
+    world: int = WORLD,
+    share_prompts: bool = False,
+    timeout_s: int = 120,
+    ckpt_path: str | None = None,
+    consolidated: bool = False,
+    **settings: Any,
+) -> tuple[RLVRModule, Record]:
+    """Train in ``world`` processes, of which this is one."""
+    record = Record()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy=FSDP2Strategy(save_distributed_checkpoint=not consolidated, timeout_s=timeout_s) if world > 1 else "auto",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=any(isinstance(c, CheckpointCallback) for c in extra),
+        inference_mode=False,
+        num_sanity_val_steps=0,
+        max_steps=steps,
+        default_root_dir=root,
+        callbacks=[source or Scripted(), record, *extra],
+    )
+    defaults: dict[str, Any] = {
+        "objective": Objective(kl_coef=0.1, entropy_coef=0.01),
+        # eps far above rounding: Adam's first step is the sign of the gradient, even of one that is rounding noise
+        "optimizer": AdamW(lr=3e-3, eps=1e-4),
+        "mismatch_limit": float("inf"),
+    }
+    module = RLVRModule(policy=PolicyConfig(model=model, share_prompts=share_prompts), **(defaults | settings))
+    data = SingleExampleDataModule(question="say a word", answer="1", problems_per_step=4)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=False if ckpt_path else None)
+    return module, record
+
+
+def sampling_run(model: str, root: Path, world: int) -> tuple[RLVRModule, Record, dict[str, Any]]:
+    """Two steps with an engine; the second samples from the updated weights."""
+    engine = HFEngine()
+    probe = ProbeEngine(engine)
+    source = RolloutCallback(engine=engine, sampling=SAMPLING, verifier=NoDigit())
+    settings = {"mismatch_limit": 0.1, "optimizer": AdamW(lr=1e-2, eps=1e-4)}
+    module, record = train(model, root, probe, source=source, steps=2, world=world, **settings)
+    return module, record, probe.found
+
+
+TRAININGS: dict[str, dict[str, Any]] = {
+    "one micro-batch per rank": {},
+    "uneven micro-batches": {"tokens_per_micro_batch": SMALL_BUDGET},
+    "shared prompts": {"share_prompts": True},
+    "two updates per step": {"updates_per_step": 2, "steps": 2 * STEPS, "tokens_per_micro_batch": SMALL_BUDGET},
+}
+
+
+def all_scenarios(model: str, root: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, settings in TRAININGS.items():
+        module, record = train(model, root / name, **settings)
+        found[name] = {"weights": full(module), "metrics": record.metrics}
+        found["shares"] = local_share(module.policy.lm), local_share(module._reference[0].lm)
+    module, record, probe = sampling_run(model, root / "engine", WORLD)
+    found["engine"] = {"tokens": record.tokens, "metrics": record.metrics, **probe}
+    for kind in ("sharded", "consolidated"):
+        settings = {"consolidated": kind == "consolidated"}
+        train(model, root / kind, CheckpointCallback(every_n_steps=2), steps=2, **settings)
+        (path,) = (root / kind / "checkpoints").iterdir()
+        module, record = train(model, root / kind, ckpt_path=str(path), **settings)
+        found[kind] = {"weights": full(module), "steps": record.steps, "metrics": record.metrics, "folder": path.is_dir()}
+    return found
+
+
+def shared_prompts_uneven(model: str, root: Path) -> dict[str, Any]:
+    """Prompts shared, small budget: some micro-batches hold one row, and rank 1 pads its plan with empty ones."""
+    module, _ = train(model, root, share_prompts=True, tokens_per_micro_batch=SMALL_BUDGET, timeout_s=10)
+    return {"weights": full(module)}
+
+
+SCENARIOS = {f.__name__: f for f in (all_scenarios, shared_prompts_uneven)}
+
+
+def _rank(rank: int, scenario: str, model: str, root: str, port: int) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(WORLD),
+        "LOCAL_WORLD_SIZE": str(WORLD),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test",  # what tells Lightning that the processes are there already
+    }
+    torch.set_num_threads(1)
+    found = SCENARIOS[scenario](model, Path(root))
+    torch.save(found, Path(root) / f"rank{rank}.pt")
+
+
+def launch(scenario: str, model: Path, root: Path, *, limit_s: int = 400) -> list[dict[str, Any]]:
+    """Run a scenario in two processes; return what each found."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = mp.spawn(_rank, args=(scenario, str(model), str(root), port), nprocs=WORLD, join=False)
+    deadline = time.monotonic() + limit_s
+    try:
+        while not ranks.join(timeout=1, grace_period=2):  # a rank that waits for one that failed is killed
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{scenario} still runs after {limit_s} s")
+    finally:
+        for process in ranks.processes:
+            process.kill()
+    return [torch.load(root / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+@pytest.fixture(scope="module")
+def two(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two processes found, per rank."""
+    return launch("all_scenarios", tiny_model, tmp_path_factory.mktemp("two"))
+
+
+def largest_gap(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[n] - second[n]).abs().max()) for n in first)
+
+
+def start_weights(model: Path) -> dict[str, Tensor]:
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return {n: p.detach() for n, p in lm.named_parameters()}
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_two_processes_train_like_one(two: list[dict[str, Any]], tiny_model: Path, tmp_path: Path, name: str):
+    module, record = train(str(tiny_model), tmp_path, world=1, **TRAININGS[name])
+    expected = full(module)
+    assert "lm_head.weight" not in expected  # tied
+    assert largest_gap(expected, start_weights(tiny_model)) > 5e-3
+    for rank in two:
+        assert largest_gap(rank[name]["weights"], expected) < 1e-5
+        for ours, theirs in zip(record.metrics, rank[name]["metrics"], strict=True):
+            for key in ("train/loss", "train/kl", "train/entropy", "train/grad_norm", "train/tokens", "mismatch/mean_abs"):
+                if key in ours:
+                    assert theirs[key] == pytest.approx(ours[key], rel=1e-4, abs=1e-5), key
+
+
+def plan_of(slots: Sequence[int], *, share_prompts: bool) -> list[list[int]]:
+    batch = RolloutBatch.from_rollouts([rollout for slot in slots for rollout in group(slot, step=0)])
+    return plan_micro_batches(batch, SMALL_BUDGET, share_prompts=share_prompts)
+
+
+def test_the_small_budget_gives_the_ranks_different_numbers_of_micro_batches():
+    for share_prompts in (False, True):
+        first, second = (plan_of(slots, share_prompts=share_prompts) for slots in ((0, 2), (1, 3)))
+        assert len(first) != len(second)
+        assert {len(rows) == 1 for rows in first + second} == {True, False}  # single rows and others
+
+
+def test_policy_parameters_are_sharded_in_halves(two: list[dict[str, Any]]):
+    for rank in two:
+        assert set(rank["shares"][0].values()) == {0.5}
+
+
+def test_reference_blocks_are_sharded_in_halves(two: list[dict[str, Any]]):
+    for rank in two:
+        assert {share for n, share in rank["shares"][1].items() if ".layers." in n} == {0.5}
+
+
+@pytest.mark.xfail(reason="FSDP2 leaves the root's own parameters gathered after a forward pass without a backward pass")
+def test_the_whole_reference_is_sharded_between_steps(two: list[dict[str, Any]]):
+    for rank in two:
+        assert {n: share for n, share in rank["shares"][1].items() if share != 0.5} == {}
+
+
+def test_the_engine_samples_from_a_private_copy_of_the_sharded_policy(
+    two: list[dict[str, Any]], tiny_model: Path, tmp_path: Path
+):
+    _, alone, _ = sampling_run(str(tiny_model), tmp_path, world=1)
+    assert all(rank["engine"]["private"] for rank in two)
+    for step in range(2):
+        together = two[0]["engine"]["tokens"][step] | two[1]["engine"]["tokens"][step]
+        assert together == alone.tokens[step]  # whoever samples a slot
+        assert all(rank["engine"]["metrics"][step]["mismatch/mean_abs"] < 1e-5 for rank in two)
+
+
+def test_a_sync_brings_the_updated_weights_to_the_engine(two: list[dict[str, Any]], tiny_model: Path):
+    lm = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    for rank in two:
+        found = rank["engine"]
+        for weights, (token, logprob) in (
+            (start_weights(tiny_model), found["before"]),
+            (found["weights"], found["after"]),
+        ):
+            lm.load_state_dict(weights, strict=False)  # tied: no lm_head.weight
+            with torch.no_grad():
+                expected = lm(torch.tensor([PROBE])).logits[0, -1].log_softmax(-1)[int(token)]
+            assert logprob.item() == pytest.approx(expected.item(), abs=1e-5)
+        assert abs(found["before"][1] - found["after"][1]) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["sharded", "consolidated"])
+def test_a_checkpoint_of_two_processes_resumes_at_the_next_step(two: list[dict[str, Any]], kind: str):
+    for rank in two:
+        whole = rank["one micro-batch per rank"]
+        assert rank[kind]["folder"] == (kind == "sharded")
+        assert rank[kind]["steps"] == [2, 3]
+        assert largest_gap(rank[kind]["weights"], whole["weights"]) == 0
+        assert [m["train/loss"] for m in rank[kind]["metrics"]] == [m["train/loss"] for m in whole["metrics"][2:]]
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(
+    raises=(mp.ProcessRaisedException, mp.ProcessExitedException, TimeoutError),
+    reason="a one-row micro-batch makes one pass through the blocks where other ranks make two: collectives do not match",
+)
+def test_a_shared_prompt_forward_with_uneven_micro_batches_does_not_hang(tiny_model: Path, tmp_path: Path):
+    module, _ = train(str(tiny_model), tmp_path / "one", world=1, share_prompts=True)
+    for rank in launch("shared_prompts_uneven", tiny_model, tmp_path, limit_s=90):
+        assert largest_gap(rank["weights"], full(module)) < 1e-5

@@ -1,0 +1,92 @@
+"""Imports go left only, and vLLM is imported in one file."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import rlvr_lightning
+
+SOURCE = Path(rlvr_lightning.__file__).parent
+LAYERS = [
+    ["errors", "records"],
+    ["verify", "grading_worker", "prompts", "advantages", "losses", "logprobs", "batching", "models", "jsonl", "metrics"]
+    + ["engines", "engines.hf", "engines.vllm", "strategies"],
+    ["policy", "data", "rollout", "loggers", "plots"],
+    ["module"],
+    ["callbacks", "callbacks.rollout", "callbacks.history", "callbacks.transcripts", "callbacks.checkpoint"]
+    + ["callbacks.export", "callbacks.progress"],
+    ["cli", "sweep"],
+    ["quickstart"],
+    ["", "__main__"],
+]
+"""From left to right. Within a layer the order is free, as long as nothing goes in a circle. ``""`` is the package itself."""
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(file): file for file in sorted(SOURCE.rglob("*.py"))}
+
+
+def imported(file: Path) -> Iterator[str]:
+    """Yield the full name of every module that a file imports anywhere, lazily or for types included."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: write absolute imports"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own(file: Path) -> set[str]:
+    """Return the modules of this package that a file imports."""
+    names = {name.removeprefix("rlvr_lightning").removeprefix(".") for name in imported(file) if name.startswith("rlvr_l")}
+    return {name for name in names if name in FILES} - {""}
+
+
+def test_every_module_has_its_layer() -> None:
+    assert set(RANK) == set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_go_left_only(name: str) -> None:
+    assert {other for other in own(FILES[name]) if RANK[other] > RANK[name]} == set()
+
+
+def test_no_imports_in_a_circle() -> None:
+    left = {name: own(file) - {name} for name, file in FILES.items()}
+    while free := {name for name, needs in left.items() if not needs}:
+        left = {name: needs - free for name, needs in left.items() if name not in free}
+    assert left == {}
+
+
+def test_vllm_is_imported_in_one_file() -> None:
+    assert {n for n, f in FILES.items() if any(i.split(".")[0] == "vllm" for i in imported(f))} == {"engines.vllm"}
+
+
+@pytest.mark.parametrize("package", ["wandb", "peft", "hydra", "pyarrow", "matplotlib"])
+def test_other_heavy_or_optional_packages_stay_where_they_belong(package: str) -> None:
+    homes = {
+        "wandb": set(),  # behind Lightning's WandbLogger
+        "peft": {"policy"},
+        "hydra": {"sweep", "quickstart"},
+        "pyarrow": {"data"},
+        "matplotlib": {"plots"},
+    }
+    assert {n for n, f in FILES.items() if any(i.split(".")[0] == package for i in imported(f))} == homes[package]
+
+
+def test_what_grading_processes_and_help_import_is_free_of_torch() -> None:
+    heavy = {"torch", "lightning", "transformers", "numpy", "rlvr_lightning.module"}
+    for name in ("errors", "records", "jsonl", "grading_worker", ""):
+        tree = ast.parse(FILES[name].read_text())
+        top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {alias.name for node in top for alias in node.names} | {str(getattr(node, "module", "")) for node in top}
+        assert not {n for n in names if n.split(".")[0] in heavy or n in heavy}, name
