@@ -110,8 +110,9 @@ def test_the_keys_of_a_real_run_are_the_documented_ones(tiny_model: Path, tmp_pa
     module = RLVRModule(
         policy=PolicyConfig(model=str(tiny_model)), objective=Objective(kl_coef=0.001), updates_per_step=2, mismatch_limit=1e9
     )
+    (tmp_path / "sums.jsonl").write_text('{"question": "What is 1 + 1?", "answer": "2"}\n')
     data = SingleExampleDataModule(
-        question="What is 3 + 4?", answer="7", problems_per_step=2, evals={"sums": "builtin:subtraction_1digit"}
+        question="What is 3 + 4?", answer="7", problems_per_step=2, evals={"sums": str(tmp_path / "sums.jsonl")}
     )
     rollouts = RolloutCallback(
         engine=HFEngine(),
