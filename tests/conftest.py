@@ -12,9 +12,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Shape annotations are executed: a function that breaks its own signature fails here.
-install_import_hook(
-    ["rlvr_lightning.advantages", "rlvr_lightning.losses", "rlvr_lightning.logprobs"], "beartype.beartype"
-)
+install_import_hook(["rlvr_lightning.advantages", "rlvr_lightning.losses", "rlvr_lightning.logprobs"], "beartype.beartype")
 
 CHARACTERS = "0123456789+-*/=() .,?abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ\\{}\n:'_"
 CHAT_TEMPLATE = (

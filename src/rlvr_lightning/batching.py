@@ -26,7 +26,7 @@ def group_rewards(rollouts: Sequence[Rollout], num_problems: int) -> Tensor:
     if num_problems == 0 or len(rollouts) % num_problems:
         raise ValueError(f"{len(rollouts)} rollouts do not divide into {num_problems} equal groups")
     group = len(rollouts) // num_problems
-    if any(rollouts[i].problem is not rollouts[i - i % group].problem for i in range(len(rollouts))):
+    if any(rollouts[i].problem != rollouts[i - i % group].problem for i in range(len(rollouts))):
         raise ValueError("rollouts are not group-major: a group mixes problems")
     return rewards.view(num_problems, group)
 

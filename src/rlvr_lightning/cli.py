@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
@@ -47,7 +48,12 @@ class RLVRParser(LightningArgumentParser):
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes ``run.yaml`` into the run directory: ``rlvr fit --config run.yaml`` repeats the run."""
+    """Writes ``run.yaml`` into the run directory: ``rlvr fit --config run.yaml`` repeats the run, from its beginning."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
+        config = config.clone()
+        config["ckpt_path"] = None
+        super().__init__(parser, config, **kwargs)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save for a fit only: evaluating a run must not overwrite what it was trained with."""
@@ -157,7 +163,6 @@ def _quiet() -> None:
         r".*module\(s\) in eval mode at the start of training.*",  # dropout is off: the ratio compares one network
         r".*It is recommended to use `self\.log\(.*sync_dist.*",  # evaluators have summed over ranks already
         r".*isinstance\(treespec, LeafSpec\).*",
-        r".*Checkpoint directory .* exists and is not empty.*",
     ):
         warnings.filterwarnings("ignore", message=message)
 

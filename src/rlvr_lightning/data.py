@@ -14,6 +14,7 @@ import numpy as np
 from lightning.pytorch import LightningDataModule
 
 from rlvr_lightning.errors import ConfigError
+from rlvr_lightning.prompts import PAPER_SUFFIX
 from rlvr_lightning.records import Problem, ProblemBatch
 
 BUILTIN = "builtin:"
@@ -314,6 +315,8 @@ def _problem(row: Any, number: int, source: str) -> Problem:
         raise ConfigError(f"a row must be an object with question and answer, not {type(row).__name__}")
     prompt = row.get("prompt")
     paper_question = prompt[-1].get("content") if isinstance(prompt, list) and prompt else None
+    if isinstance(paper_question, str):  # the paper's training files carry the prompt's suffix in the question
+        paper_question = paper_question.removesuffix(PAPER_SUFFIX)
     question = row.get("question") or row.get("problem") or paper_question
     answer = row.get("answer", (row.get("reward_model") or {}).get("ground_truth"))
     if not isinstance(question, str) or not question.strip():

@@ -97,18 +97,19 @@ class RLVRModule(LightningModule):
         self._reference: tuple[Policy, ...] = ()  # in a tuple: not a submodule, so never saved and never optimized
         self._evaluators: dict[str, MetricCollection] = {}
         self._seconds: dict[str, float] = defaultdict(float)
+        self._loaded_version = 0
 
     # --- what the rollout callback needs -------------------------------------------------------------------------------
 
     @property
     def policy_version(self) -> int:
-        """Optimizer updates so far; an engine whose version differs is stale."""
-        return self.trainer.global_step
+        """Optimizer updates behind the current weights; an engine whose version differs is stale."""
+        return max(self.trainer.global_step, self._loaded_version)
 
     @property
     def steps_done(self) -> int:
         """Rollout batches trained on so far: the x-axis of every log."""
-        return self.trainer.global_step // self.updates_per_step
+        return self.policy_version // self.updates_per_step
 
     def weights(self) -> PolicyWeights:
         """Return the policy as an engine may see it."""
@@ -140,6 +141,11 @@ class RLVRModule(LightningModule):
             raise ConfigError("trainer.gradient_clip_val has no effect here: set model.max_grad_norm instead")
         if stage == "fit" and trainer.max_steps == -1:
             raise ConfigError("trainer.max_steps is not set and the problems never run out: set it to a number of updates")
+        if stage == "fit" and trainer.max_steps % self.updates_per_step:
+            raise ConfigError(
+                f"trainer.max_steps is {trainer.max_steps} updates, no multiple of model.updates_per_step "
+                f"{self.updates_per_step}: the last rollout batch would overrun it; set a multiple"
+            )
 
     def configure_model(self) -> None:
         """Load the policy once; shard it under FSDP2."""
@@ -148,6 +154,7 @@ class RLVRModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Load the frozen reference if the objective has a KL term; with LoRA it is the adapter switched off."""
+        self._loaded_version = 0  # from here on the trainer counts, from the checkpoint's updates if there is one
         if self.uses_reference and self.policy_config.lora is None and not self._reference:
             reference = self.policy_config.build().requires_grad_(False)
             self._reference = (self._shard(reference).to(self.trainer.strategy.root_device),)
@@ -349,6 +356,10 @@ class RLVRModule(LightningModule):
         """Return the rollouts themselves."""
         assert batch.rollouts is not None, "no rollouts attached: add RolloutCallback to the trainer"
         return batch.rollouts
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember how many updates the loaded weights have seen: evaluation alone does not restore the trainer's count."""
+        self._loaded_version = checkpoint["global_step"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record which model the weights belong to, so that a checkpoint explains itself."""

@@ -35,7 +35,8 @@ class Completion:
     token_ids: tuple[int, ...]
     """[T] sampled tokens; the end-of-sequence token is included when ``finish_reason`` is ``stop``."""
     logprobs: tuple[float, ...]
-    """[T] nats, under the engine's distribution at the sampling temperature (before any top-p or top-k cut)."""
+    """[T] nats, under the engine's distribution at the sampling temperature. With top-p below 1, which only evaluation may
+    use, vLLM's are those after the cut."""
     text: str
     """Decoded ``token_ids`` without special tokens."""
     finish_reason: FinishReason
@@ -78,7 +79,8 @@ class ProblemBatch:
     """What the DataModule serves for one step; the rollout callback fills ``rollouts``."""
 
     step: int
-    """Training: index of the rollout batch since the run began, across resumes. Evaluation: index of the batch in its set."""
+    """Training: index of the rollout batch since the run began, across resumes. Evaluation: always 0, so
+    that every evaluation of a set draws with the same seeds."""
     slots: tuple[int, ...]
     """[P] position of each problem in the step's global order; identifies a group for seeding, whatever the rank count."""
     problems: tuple[Problem, ...]

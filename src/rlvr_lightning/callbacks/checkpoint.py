@@ -1,26 +1,28 @@
 """Checkpoints at intervals, and one more when the run is asked to stop."""
 
+import shutil
 import signal
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint
 
 from rlvr_lightning.errors import ConfigError
+from rlvr_lightning.module import RLVRModule
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class CheckpointCallback(ModelCheckpoint):
+class CheckpointCallback(Checkpoint):
     """Saves resumable checkpoints to ``<root>/checkpoints``.
 
     The first Ctrl-C or SIGTERM lets the current step finish, saves ``interrupted.ckpt`` and ends the run; the second ends
-    it at once.
+    it at once. Not Lightning's ModelCheckpoint, which expects models optimized by hand to hold a copy of their weights.
 
     Args:
-        every_n_steps: updates between checkpoints; 0 saves only when interrupted.
+        every_n_steps: rollout batches between checkpoints; 0 saves only when interrupted.
         keep: how many of them to keep, the latest ones; -1 keeps all.
     """
 
@@ -29,26 +31,13 @@ class CheckpointCallback(ModelCheckpoint):
             raise ConfigError(f"checkpoint.every_n_steps is {every_n_steps}: set it to 0 (only when interrupted) or more")
         if keep == 0 or keep < -1:
             raise ConfigError(f"checkpoint.keep is {keep}: set it to 1 or more, or to -1 to keep all")
-        super().__init__(
-            filename="{step:06d}",
-            monitor="step",
-            mode="max",
-            save_top_k=keep,
-            every_n_train_steps=every_n_steps,
-            save_on_train_epoch_end=False,
-            enable_version_counter=False,
-        )
+        self.every_n_steps = every_n_steps
+        self.keep = keep
         self.stopped_by: int | None = None
         self._previous: dict[int, Any] = {}
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Put checkpoints beside the run's other files."""
-        self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
-        super().setup(trainer, pl_module, stage)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: RLVRModule) -> None:
         """Take over the two signals that ask a run to stop."""
-        super().on_train_start(trainer, pl_module)
         self.stopped_by = None
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._on_signal)
@@ -59,30 +48,36 @@ class CheckpointCallback(ModelCheckpoint):
         self.stopped_by = number
         print(f"\n{signal.Signals(number).name}: finishing this step, then saving; again to end at once", flush=True)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: RLVRModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save at intervals; when asked to stop, save and end, on every rank at the same step."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        folder = Path(trainer.default_root_dir) / "checkpoints"
+        if self.every_n_steps and pl_module.steps_done % self.every_n_steps == 0:
+            trainer.save_checkpoint(folder / f"step-{pl_module.steps_done:06d}.ckpt")
+            if trainer.is_global_zero:
+                self._prune(folder)
         if trainer.strategy.reduce_boolean_decision(self.stopped_by is not None, all=False):
-            path = Path(str(self.dirpath)) / "interrupted.ckpt"
+            path = folder / "interrupted.ckpt"
             trainer.save_checkpoint(path)
             trainer.should_stop = True
             if trainer.is_global_zero:
                 config = Path(trainer.default_root_dir) / "run.yaml"
                 print(f"stopped after update {trainer.global_step}; to go on:\n  rlvr fit --config {config} --ckpt_path {path}")
 
+    def _prune(self, folder: Path) -> None:
+        """Delete all but the latest ``keep`` checkpoints, once the newest is complete."""
+        checkpoints = sorted(folder.glob("step-*.ckpt"))
+        for old in checkpoints[: len(checkpoints) - self.keep] if self.keep > 0 else []:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()  # a folder when every rank writes its shard
+
     def _restore_signals(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: RLVRModule) -> None:
         """Give the signals back."""
-        super().on_train_end(trainer, pl_module)
         self._restore_signals()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: RLVRModule, exception: BaseException) -> None:
         """Give the signals back."""
-        super().on_exception(trainer, pl_module, exception)
         self._restore_signals()

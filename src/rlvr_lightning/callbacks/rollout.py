@@ -61,7 +61,7 @@ class RolloutCallback(Callback):
         if not isinstance(datamodule, ProblemDataModule):
             raise ConfigError("RolloutCallback needs a ProblemDataModule: pass datamodule= to the trainer")
         if stage == "fit":
-            self._check_training(pl_module)
+            self._check_training(pl_module, datamodule.problems_per_step // trainer.world_size)
         self.engine.check()
         config, tokenizer = load_config_and_tokenizer(pl_module.policy_config.model_path)
         self._collector = Collector(self.engine, self.verifier, tokenizer, self.seed)
@@ -69,7 +69,7 @@ class RolloutCallback(Callback):
         if trainer.is_global_zero:
             self.verifier.check(datamodule.train_problems)
 
-    def _check_training(self, module: RLVRModule) -> None:
+    def _check_training(self, module: RLVRModule, groups: int) -> None:
         if self.sampling.temperature == 0:
             raise ConfigError(
                 "rollout.sampling.temperature is 0: greedy rollouts of a group are all alike and teach nothing; set it "
@@ -84,6 +84,11 @@ class RolloutCallback(Callback):
             raise ConfigError(
                 f"rollout.sampling.rollouts_per_problem is 1 and model.advantage is {module.advantage}: a group of one has "
                 "no baseline; set rollouts_per_problem to 2 or more"
+            )
+        if module.updates_per_step > groups * self.sampling.rollouts_per_problem:
+            raise ConfigError(
+                f"model.updates_per_step is {module.updates_per_step} but a process has only "
+                f"{groups * self.sampling.rollouts_per_problem} rollouts per step: set it to at most that"
             )
 
     def _check_window(self, datamodule: ProblemDataModule, limit: int | None) -> int:

@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from rlvr_lightning.callbacks.history import gather_rows
+from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.jsonl import dump, read_jsonl, write_lines
 from rlvr_lightning.records import ProblemBatch
 
@@ -42,7 +43,10 @@ class TranscriptCallback(Callback):
             table_rows: Rollouts in a table; 0: no tables.
         """
         if every_n_steps < 1 or table_rows < 0:
-            raise ValueError(f"every_n_steps must be at least 1 ({every_n_steps}), table_rows at least 0 ({table_rows})")
+            raise ConfigError(
+                f"transcripts.every_n_steps is {every_n_steps} and transcripts.table_rows {table_rows}: set the first to 1 or "
+                "more, the second to 0 (no table) or more"
+            )
         self.every_n_steps, self.table_rows = every_n_steps, table_rows
         self._written: int | None = None
         self._evaluated: list[tuple[str, dict[str, Any]]] = []
@@ -96,6 +100,10 @@ class TranscriptCallback(Callback):
         if trainer.is_global_zero:
             for name, part in files.items():
                 write_lines(Path(trainer.default_root_dir) / "rollouts" / name, part)
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
 
     def _write(self, trainer: Trainer, batch: ProblemBatch) -> None:
         folder, rank = Path(trainer.default_root_dir) / "rollouts", trainer.global_rank
