@@ -9,10 +9,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 # Shape annotations are executed: a function that breaks its own signature fails here.
 install_import_hook(["rlvr_lightning.advantages", "rlvr_lightning.losses", "rlvr_lightning.logprobs"], "beartype.beartype")
+
+settings.register_profile("shared-machine", deadline=None)  # a slow moment of the machine is no fault of the code
+settings.load_profile("shared-machine")
 
 CHARACTERS = "0123456789+-*/=() .,?abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ\\{}\n:'_"
 CHAT_TEMPLATE = (

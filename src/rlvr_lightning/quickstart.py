@@ -111,8 +111,8 @@ def _summary(out: Path, question: str, answer: str, engine: str, seed: int, step
         "seed": seed,
         "seconds_total": round(seconds, 1),
         "seconds_training": round(sum(value for _, value in curves["time/step_s"]), 1),
-        "accuracy_before": {name: curve[0][1] for name, curve in accuracy.items()},
-        "accuracy_after": {name: curve[-1][1] for name, curve in accuracy.items()},
+        "accuracy_before": {name: round(curve[0][1], 4) for name, curve in accuracy.items()},
+        "accuracy_after": {name: round(curve[-1][1], 4) for name, curve in accuracy.items()},
     }
 
 
