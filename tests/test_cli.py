@@ -159,9 +159,6 @@ def test_an_unknown_command_is_refused_with_the_known_ones(rlvr: Callable[..., O
 
 # --- bad input --------------------------------------------------------------------------------------------------------
 
-LATER = "--evaluate_first=false"
-"""The rules of training come after the first evaluation, if there is one."""
-
 BAD = {
     "misspelled key": (["--model.objective.entropy_coeff=0.1"], ["did you mean 'model.objective.entropy_coef'?"]),
     "misspelled data key": (["--data.init_args.problems_per_stp=4"], ["problems_per_stp"]),
@@ -173,11 +170,11 @@ BAD = {
     "wrong choice": (["--model.advantage=best"], ["model.advantage", "best", "group_norm", "leave_one_out"]),
     "no such class": (["--rollout.engine=no.such.Engine"], ["rollout.engine", "no.such.Engine"]),
     "no such config": (["--config=absent.yaml"], ["absent.yaml"]),
-    "greedy training": (["--rollout.sampling.temperature=0", LATER], ["rollout.sampling.temperature is 0", "set it above 0"]),
+    "greedy training": (["--rollout.sampling.temperature=0"], ["rollout.sampling.temperature is 0", "set it above 0"]),
     "negative temperature": (["--rollout.sampling.temperature=-1"], ["temperature is -1", "set it above 0"]),
-    "nucleus in training": (["--rollout.sampling.top_p=0.9", LATER], ["rollout.sampling.top_p is 0.9", "set it to 1"]),
+    "nucleus in training": (["--rollout.sampling.top_p=0.9"], ["rollout.sampling.top_p is 0.9", "set it to 1"]),
     "one rollout per group": (
-        ["--rollout.sampling.rollouts_per_problem=1", LATER],
+        ["--rollout.sampling.rollouts_per_problem=1"],
         ["rollout.sampling.rollouts_per_problem is 1", "set rollouts_per_problem to 2 or more"],
     ),
     "training window": (
@@ -200,6 +197,13 @@ BAD = {
     "no updates": (["--model.updates_per_step=0"], ["model.updates_per_step is 0", "set it to 1 or more"]),
     "no learning rate": (["--model.optimizer.lr=0"], ["optimizer.lr is 0", "set it above 0"]),
     "no checkpoints kept": (["--checkpoint.keep=0"], ["checkpoint.keep is 0", "set it to 1 or more"]),
+    "table interval": (["--transcripts.every_n_steps=0"], ["transcripts.every_n_steps is 0", "set the first to 1"]),
+    "no groups": (["--data.init_args.problems_per_step=0"], ["data.problems_per_step is 0", "set it to 1 or more"]),
+    "question and file": (["--data.init_args.file=builtin:addition_1digit"], ["data.file", "exclude each other"]),
+    "no grading processes": (
+        ["--rollout.verifier=rlvr_lightning.verify.MathVerifier", "--rollout.verifier.workers=0"],
+        ["workers=0"],
+    ),
     "negative export interval": (["--export.every_n_steps=-1"], ["export.every_n_steps is -1", "set it to 0"]),
     "no model folder": (["--model.policy.model=/no/such/model"], ["'/no/such/model' does not exist", "policy.model"]),
     "no model name": (["--model.policy.model=llama"], ["'llama' does not exist", "owner/name"]),
@@ -234,33 +238,6 @@ def test_bad_input_is_refused_by_name_before_a_model_is_built(
 
 
 @pytest.mark.usefixtures("no_model_is_built")
-@pytest.mark.parametrize("key", ["temperature=0", "top_p=0.9", "rollouts_per_problem=1"])
-@pytest.mark.xfail(raises=pytest.fail.Exception, reason="the evaluation before a fit runs before the fit is checked")
-def test_sampling_that_cannot_train_is_refused_before_the_first_evaluation(
-    rlvr: Callable[..., Outcome], tmp_path: Path, tiny_model: Path, key: str
-) -> None:
-    refused(rlvr("fit", "--config", write_config(tmp_path, tiny_model), f"--rollout.sampling.{key}"), "set")
-
-
-@pytest.mark.usefixtures("no_model_is_built")
-@pytest.mark.parametrize(
-    ("args", "parts"),
-    [
-        (["--data.init_args.problems_per_step=0"], ["data.problems_per_step is 0", "set it to 1 or more"]),
-        (["--data.init_args.file=builtin:addition_1digit"], ["data.file", "exclude each other"]),
-        (["--rollout.verifier=rlvr_lightning.verify.MathVerifier", "--rollout.verifier.workers=0"], ["workers"]),
-        (["--transcripts.every_n_steps=0"], ["every_n_steps"]),
-    ],
-    ids=["groups", "question and file", "workers", "table interval"],
-)
-@pytest.mark.xfail(raises=ValueError, reason="jsonargparse wraps a class's own error in a ValueError: a traceback")
-def test_what_a_constructor_refuses_is_refused_without_a_traceback(
-    rlvr: Callable[..., Outcome], tmp_path: Path, tiny_model: Path, args: list[str], parts: list[str]
-) -> None:
-    refused(rlvr("fit", "--config", write_config(tmp_path, tiny_model), *args), *parts)
-
-
-@pytest.mark.usefixtures("no_model_is_built")
 @pytest.mark.parametrize(
     ("path", "name", "meant"),
     [
@@ -270,7 +247,6 @@ def test_what_a_constructor_refuses_is_refused_without_a_traceback(
         (["trainer"], "max_stps", "max_steps"),
     ],
 )
-@pytest.mark.xfail(raises=AssertionError, reason="keys of files and of chosen classes get no suggestion")
 def test_a_misspelled_key_of_a_file_comes_with_the_one_that_was_meant(
     rlvr: Callable[..., Outcome], tmp_path: Path, tiny_model: Path, path: list[str], name: str, meant: str
 ) -> None:
@@ -489,12 +465,15 @@ def test_a_checkpoint_is_evaluated(finished: Run, rlvr: Callable[..., Outcome], 
             assert lines[label][f"{key}{metric}"] == then[f"val/sums/{metric}"]
 
 
-@pytest.mark.xfail(raises=ValueError, reason="Lightning cannot move a list of frozen rollouts to the CPU")
-def test_predict_runs_on_a_checkpoint(finished: Run, rlvr: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_predict_writes_what_a_checkpoint_says(finished: Run, rlvr: Callable[..., Outcome], tmp_path: Path) -> None:
     [checkpoint] = (finished.root / "checkpoints").glob("*.ckpt")
     arguments = [f"--trainer.default_root_dir={tmp_path}", "--ckpt_path", checkpoint]
     outcome = rlvr("predict", "--config", finished.root / "run.yaml", *arguments)
     assert outcome.status == 0, outcome.err
+    [file] = (tmp_path / "rollouts").iterdir()
+    predicted = [json.loads(line) for line in file.read_text().splitlines()]
+    then = finished.lines("rollouts/sums-00000002.jsonl")
+    assert [(row["problem_id"], row["text"]) for row in predicted] == [(row["problem_id"], row["text"]) for row in then]
 
 
 def test_weights_and_biases_records_offline(finished: Run, rlvr: Callable[..., Outcome], tmp_path: Path) -> None:

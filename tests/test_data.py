@@ -13,6 +13,7 @@ import pytest
 
 from rlvr_lightning.data import EvalLoader, ProblemLoader, SingleExampleDataModule, SubsetDataModule, load_problems
 from rlvr_lightning.errors import ConfigError
+from rlvr_lightning.prompts import PAPER_SUFFIX
 from rlvr_lightning.records import Problem, ProblemBatch
 from rlvr_lightning.rollout import seed_for
 
@@ -102,9 +103,8 @@ def test_every_bad_parquet_row_is_named(tmp_path: Path) -> None:
     ],
     ids=["reward_model", "prompt", "extra_info"],
 )
-@pytest.mark.xfail(raises=AttributeError, reason="a nested value of another type is not yet a named bad row")
-def test_a_nested_value_of_another_type_is_a_bad_row(tmp_path: Path, row: object) -> None:
-    with pytest.raises(ConfigError, match="row 1: "):
+def test_a_nested_value_of_another_type_is_a_bad_row(tmp_path: Path, row: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=f"row 1: ({'|'.join(row)}) holds "):
         load_problems(write_jsonl(tmp_path / "p.jsonl", [row]))
 
 
@@ -170,6 +170,12 @@ def test_empty_lists_are_refused_at_construction(arguments: dict[str, list[str]]
 def test_the_papers_schema_loads(tmp_path: Path) -> None:
     file = write_paper_parquet(tmp_path / "p.parquet", [paper_row(124, "Speed? Answer \\boxed{}.", "12.8")])
     assert load_problems(file) == [Problem("124", "Speed? Answer \\boxed{}.", "12.8", f"{file}:1")]
+
+
+def test_the_papers_suffix_is_the_templates_and_not_the_questions(tmp_path: Path) -> None:
+    content = [paper_row(0, "1+1?" + PAPER_SUFFIX, "2"), paper_row(1, "1+2? Let's think.", "3")]
+    loaded = load_problems(write_paper_parquet(tmp_path / "p.parquet", content))
+    assert [p.question for p in loaded] == ["1+1?", "1+2? Let's think."]
 
 
 def test_index_zero_is_an_id(tmp_path: Path) -> None:
@@ -409,6 +415,8 @@ def test_the_papers_one_example_file_is_one_problem() -> None:
     data = SingleExampleDataModule(file=str(SHARED_DATA / "train" / "pi1_r128.parquet"))
     data.setup("fit")
     assert [(p.id, p.answer) for p in data.train_problems] == [("124", "12.8")]
+    [published_prompt] = pq.read_table(data.file).to_pylist()[0]["prompt"]
+    assert data.train_problems[0].question + PAPER_SUFFIX == published_prompt["content"]
 
 
 @needs_shared_data

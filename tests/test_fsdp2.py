@@ -26,6 +26,7 @@ from rlvr_lightning.callbacks.rollout import RolloutCallback
 from rlvr_lightning.data import SingleExampleDataModule
 from rlvr_lightning.engines import Sampling
 from rlvr_lightning.engines.hf import HFEngine
+from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.losses import Objective
 from rlvr_lightning.module import AdamW, RLVRModule
 from rlvr_lightning.policy import PolicyConfig
@@ -138,7 +139,7 @@ def train(
     source: Callback | None = None,
     steps: int = STEPS,
     world: int = WORLD,
-    share_prompts: bool = False,
+    share_prompts: bool | None = None,
     timeout_s: int = 120,
     ckpt_path: str | None = None,
     consolidated: bool = False,
@@ -185,7 +186,6 @@ def sampling_run(model: str, root: Path, world: int) -> tuple[RLVRModule, Record
 TRAININGS: dict[str, dict[str, Any]] = {
     "one micro-batch per rank": {},
     "uneven micro-batches": {"tokens_per_micro_batch": SMALL_BUDGET},
-    "shared prompts": {"share_prompts": True},
     "two updates per step": {"updates_per_step": 2, "steps": 2 * STEPS, "tokens_per_micro_batch": SMALL_BUDGET},
 }
 
@@ -198,6 +198,10 @@ def all_scenarios(model: str, root: Path) -> dict[str, Any]:
         found["shares"] = local_share(module.policy.lm), local_share(module._reference[0].lm)
     module, record, probe = sampling_run(model, root / "engine", WORLD)
     found["engine"] = {"tokens": record.tokens, "metrics": record.metrics, **probe}
+    try:
+        train(model, root / "refused", share_prompts=True)
+    except ConfigError as error:
+        found["refused"] = str(error)
     for kind in ("sharded", "consolidated"):
         settings = {"consolidated": kind == "consolidated"}
         train(model, root / kind, CheckpointCallback(every_n_steps=2), steps=2, **settings)
@@ -207,13 +211,7 @@ def all_scenarios(model: str, root: Path) -> dict[str, Any]:
     return found
 
 
-def shared_prompts_uneven(model: str, root: Path) -> dict[str, Any]:
-    """Prompts shared, small budget: some micro-batches hold one row, and rank 1 pads its plan with empty ones."""
-    module, _ = train(model, root, share_prompts=True, tokens_per_micro_batch=SMALL_BUDGET, timeout_s=10)
-    return {"weights": full(module)}
-
-
-SCENARIOS = {f.__name__: f for f in (all_scenarios, shared_prompts_uneven)}
+SCENARIOS = {f.__name__: f for f in (all_scenarios,)}
 
 
 def _rank(rank: int, scenario: str, model: str, root: str, port: int) -> None:
@@ -301,7 +299,6 @@ def test_reference_blocks_are_sharded_in_halves(two: list[dict[str, Any]]):
         assert {share for n, share in rank["shares"][1].items() if ".layers." in n} == {0.5}
 
 
-@pytest.mark.xfail(reason="FSDP2 leaves the root's own parameters gathered after a forward pass without a backward pass")
 def test_the_whole_reference_is_sharded_between_steps(two: list[dict[str, Any]]):
     for rank in two:
         assert {n: share for n, share in rank["shares"][1].items() if share != 0.5} == {}
@@ -343,12 +340,5 @@ def test_a_checkpoint_of_two_processes_resumes_at_the_next_step(two: list[dict[s
         assert [m["train/loss"] for m in rank[kind]["metrics"]] == [m["train/loss"] for m in whole["metrics"][2:]]
 
 
-@pytest.mark.slow
-@pytest.mark.xfail(
-    raises=(mp.ProcessRaisedException, mp.ProcessExitedException, TimeoutError),
-    reason="a one-row micro-batch makes one pass through the blocks where other ranks make two: collectives do not match",
-)
-def test_a_shared_prompt_forward_with_uneven_micro_batches_does_not_hang(tiny_model: Path, tmp_path: Path):
-    module, _ = train(str(tiny_model), tmp_path / "one", world=1, share_prompts=True)
-    for rank in launch("shared_prompts_uneven", tiny_model, tmp_path, limit_s=90):
-        assert largest_gap(rank["weights"], full(module)) < 1e-5
+def test_sharing_prompts_is_refused_because_ranks_would_pass_the_blocks_unequally_often(two: list[dict[str, Any]]):
+    assert all("policy.share_prompts does not work with FSDP2" in rank["refused"] for rank in two)

@@ -505,7 +505,14 @@ def test_a_mismatch_above_the_limit_ends_the_run_before_any_update(tiny_model: P
 
     left: list[tuple[int, dict[str, Tensor]]] = []
     with pytest.raises(RuntimeError, match=r"disagree about the sampled tokens by 0\.200 nats"):
-        fit(tiny_model, tmp_path, KeepModule(), engine=ShiftedEngine(), updates_per_step=updates_per_step)
+        fit(
+            tiny_model,
+            tmp_path,
+            KeepModule(),
+            engine=ShiftedEngine(),
+            updates_per_step=updates_per_step,
+            steps=updates_per_step,
+        )
     ((updates, after),) = left
     assert updates == 0
     assert_weights_equal(after, start_weights(tiny_model))
@@ -541,7 +548,7 @@ def test_ten_steps_are_five_and_a_checkpoint_and_five_bit_by_bit(tiny_model: Pat
         "objective": Objective(kl_coef=0.05, entropy_coef=0.01),
     }
     whole = fit(tiny_model, tmp_path / "whole", steps=updates, **settings)
-    first = fit(tiny_model, tmp_path / "cut", CheckpointCallback(every_n_steps=updates // 2), steps=updates // 2, **settings)
+    first = fit(tiny_model, tmp_path / "cut", CheckpointCallback(every_n_steps=5), steps=updates // 2, **settings)
     (path,) = (tmp_path / "cut" / "checkpoints").glob("*.ckpt")
     second = fit(tiny_model, tmp_path / "cut", steps=updates, ckpt_path=path, **settings)
 
@@ -567,7 +574,7 @@ def test_a_checkpoint_holds_the_policy_once_and_no_reference(tiny_model: Path, t
 
 def test_only_the_latest_checkpoints_are_kept(tiny_model: Path, tmp_path: Path):
     fit(tiny_model, tmp_path, CheckpointCallback(every_n_steps=2, keep=2), rollouts=crafted(), steps=7, mismatch_limit=1e9)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step=000004.ckpt", "step=000006.ckpt"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000004.ckpt", "step-000006.ckpt"]
 
 
 SCRIPT = """

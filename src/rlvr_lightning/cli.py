@@ -1,6 +1,7 @@
 """``rlvr fit|validate|test|predict``: Lightning's command line over RLVRModule, a data module and the callbacks."""
 
 import difflib
+import inspect
 import logging
 import re
 import sys
@@ -19,10 +20,17 @@ from rlvr_lightning.callbacks.history import HistoryCallback
 from rlvr_lightning.callbacks.progress import ProgressCallback
 from rlvr_lightning.callbacks.rollout import RolloutCallback
 from rlvr_lightning.callbacks.transcripts import TranscriptCallback
-from rlvr_lightning.data import ProblemDataModule
+from rlvr_lightning.data import ProblemDataModule, SingleExampleDataModule, SubsetDataModule
+from rlvr_lightning.engines import Sampling
+from rlvr_lightning.engines.hf import HFEngine
+from rlvr_lightning.engines.vllm import VLLMEngine
 from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.loggers import MetricsFileLogger
-from rlvr_lightning.module import RLVRModule
+from rlvr_lightning.losses import Objective
+from rlvr_lightning.module import AdamW, RLVRModule
+from rlvr_lightning.policy import LoRA, PolicyConfig
+from rlvr_lightning.prompts import PromptTemplate
+from rlvr_lightning.verify import MathVerifier
 
 CALLBACKS: dict[str, type] = {
     "rollout": RolloutCallback,  # first: the others read what it attaches
@@ -44,7 +52,7 @@ class RLVRParser(LightningArgumentParser):
         Raises:
             ConfigError: always.
         """
-        raise ConfigError(_explain(message, self)) from ex
+        raise ConfigError(_explain(message)) from ex
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -112,7 +120,10 @@ class RLVRCLI(LightningCLI):
         return super().instantiate_trainer(default_root_dir=root, logger=[MetricsFileLogger(root), *others], **kwargs)
 
     def before_fit(self) -> None:
-        """Evaluate the untrained policy, unless this run continues another."""
+        """Evaluate the untrained policy, unless this run continues another; refuse before that what cannot be trained."""
+        self.model.check_trainer(self.trainer, training=True)
+        rollout: RolloutCallback = self._get(self.config_init, "rollout")
+        rollout.check_training(self.model, self.datamodule.problems_per_step // self.trainer.world_size)
         if self._get(self.config, "ckpt_path") is not None:
             return
         for logger in self.trainer.loggers:
@@ -148,10 +159,20 @@ def run(args: list[str]) -> "tuple[int, RLVRCLI]":
     """Run one subcommand; return the exit status and the command line object with its trainer."""
     sys.argv = [sys.argv[0], *args]  # Lightning starts further ranks by repeating this command
     _quiet()
-    cli = RLVRCLI()
+    try:
+        cli = RLVRCLI()
+    except ValueError as error:  # jsonargparse wraps what a constructor raised
+        raise _own_error(error) or error from None
     callbacks = cli.trainer.checkpoint_callbacks
     stopped = [c.stopped_by for c in callbacks if isinstance(c, CheckpointCallback) and c.stopped_by]
     return (128 + stopped[0] if stopped else 0), cli
+
+
+def _own_error(error: BaseException | None) -> ConfigError | None:
+    """Return the first ConfigError in an exception's chain."""
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _quiet() -> None:
@@ -167,23 +188,30 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def _explain(message: str, parser: LightningArgumentParser) -> str:
+_UNKNOWN_KEY = re.compile(
+    r"[Uu]nrecognized arguments?: --([\w.]+)|[Kk]ey '([\w.]+)' is not expected|does not accept option '([\w.]+)'"
+    r"|Option '([\w.]+)' is not accepted"
+)
+
+
+def _explain(message: str) -> str:
     """Shorten jsonargparse's message and add the known key that is closest to one it did not know."""
     text = "\n".join(line.rstrip() for line in message.strip().splitlines() if line.strip())
-    unknown = re.search(
-        r"[Uu]nrecognized arguments?: --([\w.]+)|[Kk]ey '([\w.]+)' is not expected|does not accept option '([\w.]+)'",
-        text,
-    )
+    unknown = _UNKNOWN_KEY.search(text)
     if unknown is None:
         return text
-    key = next(g for g in unknown.groups() if g)
-    known = {a.dest for a in parser._actions if a.dest} | set(_leaves(parser))
-    prefix = re.search(r'Parser key "([\w.]+)"', text)
-    full = f"{prefix.group(1)}.{key}" if prefix and not key.startswith(prefix.group(1)) else key
-    close = difflib.get_close_matches(full, known, n=1, cutoff=0.75) or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    hint = f"; did you mean '{close[0]}'?" if close else "; `rlvr fit --help` lists the keys"
-    return f"unknown key '{full}'{hint}\n{text}"
+    key = next(group for group in unknown.groups() if group)
+    place = re.search(r'Parser key "([\w.]+)"', text)
+    full = f"{place[1]}.{key}" if place and not key.startswith(place[1]) else key
+    prefix, _, name = full.rpartition(".")
+    close = difflib.get_close_matches(name, _key_names(), n=1, cutoff=0.7)
+    hint = f"did you mean '{prefix}.{close[0]}'?".replace("'.", "'") if close else "`rlvr fit --help` lists the keys"
+    return f"unknown key '{full}': {hint}\n{text}"
 
 
-def _leaves(parser: LightningArgumentParser) -> list[str]:
-    return list(parser.get_defaults(skip_validation=True).keys())
+def _key_names() -> list[str]:
+    """Return the last part of every key: the parameters of all classes that a configuration may name, and the top level."""
+    classes = [Trainer, RLVRModule, PolicyConfig, LoRA, Objective, AdamW, Sampling, PromptTemplate, MathVerifier]
+    classes += [SingleExampleDataModule, SubsetDataModule, HFEngine, VLLMEngine, *CALLBACKS.values()]
+    names = {name for cls in classes for name in inspect.signature(cls).parameters}
+    return sorted(names | {"seed_everything", "trainer", "model", "data", "evaluate_first", "ckpt_path", "config", *CALLBACKS})

@@ -313,17 +313,24 @@ def _problem(row: Any, number: int, source: str) -> Problem:
         raise ConfigError(f"not JSON ({row})")
     if not isinstance(row, dict):
         raise ConfigError(f"a row must be an object with question and answer, not {type(row).__name__}")
-    prompt = row.get("prompt")
+    prompt, reward_model, extra = row.get("prompt"), row.get("reward_model"), row.get("extra_info")
+    for key, value in (
+        ("prompt", prompt[-1] if isinstance(prompt, list) and prompt else {}),
+        ("reward_model", reward_model),
+        ("extra_info", extra),
+    ):
+        if value is not None and not isinstance(value, dict):
+            raise ConfigError(f"{key} holds {value!r}, not an object with fields: see the paper's parquet schema")
     paper_question = prompt[-1].get("content") if isinstance(prompt, list) and prompt else None
     if isinstance(paper_question, str):  # the paper's training files carry the prompt's suffix in the question
         paper_question = paper_question.removesuffix(PAPER_SUFFIX)
     question = row.get("question") or row.get("problem") or paper_question
-    answer = row.get("answer", (row.get("reward_model") or {}).get("ground_truth"))
+    answer = row.get("answer", (reward_model or {}).get("ground_truth"))
     if not isinstance(question, str) or not question.strip():
         raise ConfigError("no question (keys read: question, problem, prompt)")
     if answer is None or not str(answer).strip():
         raise ConfigError("no answer (keys read: answer, reward_model.ground_truth)")
-    index = (row.get("extra_info") or {}).get("index")
+    index = (extra or {}).get("index")
     return Problem(
         id=str(row.get("id", number if index is None else index)), question=question, answer=str(answer), source=source
     )

@@ -53,7 +53,7 @@ def kl_k3(logprobs: Float[Tensor, "b S"], reference_logprobs: Float[Tensor, "b S
     >>> kl_k3(torch.tensor([[0.0, -1.0]]), torch.tensor([[0.0, -2.0]]))
     tensor([[0.0000, 0.3679]])
     """
-    d = reference_logprobs - logprobs
+    d = (reference_logprobs - logprobs).clamp(max=20.0)  # beyond, exp overflows and its gradient behind the clamp is NaN
     return (d.expm1() - d).clamp(max=10.0)
 
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torchmetrics import MetricCollection
 
@@ -24,7 +25,7 @@ from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.losses import Objective
 from rlvr_lightning.metrics import rollout_metrics
 from rlvr_lightning.policy import Policy, PolicyConfig, PolicyWeights
-from rlvr_lightning.records import ProblemBatch, Rollout
+from rlvr_lightning.records import ProblemBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,10 @@ class RLVRModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse trainer settings that would have no effect or would spoil the run."""
-        trainer = self.trainer
+        self.check_trainer(self.trainer, training=stage == "fit")
+
+    def check_trainer(self, trainer: Trainer, *, training: bool) -> None:
+        """Raise ConfigError for trainer settings that this module cannot work with; ``training``: for a fit."""
         if str(trainer.precision) in ("bf16-true", "16-true") and self.optimizer_config.lr < 1e-4:
             raise ConfigError(
                 f"trainer.precision {trainer.precision} keeps master weights in 16 bits, and updates at lr "
@@ -139,9 +143,9 @@ class RLVRModule(LightningModule):
             raise ConfigError("trainer.accumulate_grad_batches has no effect here: set data.problems_per_step instead")
         if trainer.gradient_clip_val:
             raise ConfigError("trainer.gradient_clip_val has no effect here: set model.max_grad_norm instead")
-        if stage == "fit" and trainer.max_steps == -1:
+        if training and trainer.max_steps == -1:
             raise ConfigError("trainer.max_steps is not set and the problems never run out: set it to a number of updates")
-        if stage == "fit" and trainer.max_steps % self.updates_per_step:
+        if training and trainer.max_steps % self.updates_per_step:
             raise ConfigError(
                 f"trainer.max_steps is {trainer.max_steps} updates, no multiple of model.updates_per_step "
                 f"{self.updates_per_step}: the last rollout batch would overrun it; set a multiple"
@@ -244,6 +248,8 @@ class RLVRModule(LightningModule):
         means = self._sum(torch.stack([sums[n] for n in names])) / num_tokens
         metrics: dict[str, Tensor | float] = dict(zip(names, means, strict=True))
         if first:
+            if self.trainer.world_size > 1:
+                torch.distributed.all_reduce(worst, op=torch.distributed.ReduceOp.MAX)
             metrics["mismatch/max"] = worst
             self._check_mismatch(float(metrics["mismatch/mean_abs"]))
         else:  # the policy has moved on from the sampler: the gap no longer says anything about the engine
@@ -268,11 +274,14 @@ class RLVRModule(LightningModule):
     def score(self, data: RolloutBatch, policy: Policy | None = None) -> Tensor:
         """Return log-probs (B, S) of the completion tokens under ``policy`` (default: the one in training), no gradient."""
         logprobs = torch.zeros(data.input_ids.shape, device=data.input_ids.device)
+        policy = policy or self.policy
         for rows in self._plan(data):
             micro = data.rows(rows or [0])
-            stats = (policy or self.policy)(micro)
+            stats = policy(micro)
             if rows:
                 logprobs[rows, : stats.logprobs.shape[1]] = stats.logprobs.float()
+        if isinstance(policy, FSDPModule):
+            policy.reshard()  # without a backward pass FSDP2 would keep the outermost parameters gathered
         return logprobs
 
     def _reference_logprobs(self, data: RolloutBatch) -> Tensor:
@@ -288,7 +297,7 @@ class RLVRModule(LightningModule):
 
         Under FSDP2 a forward pass is collective, so unequal counts would hang.
         """
-        plan = plan_micro_batches(data, self.tokens_per_micro_batch, share_prompts=self.policy_config.shares_prompts)
+        plan = plan_micro_batches(data, self.tokens_per_micro_batch, share_prompts=self.policy.shares_prompts)
         if self.trainer.world_size > 1:
             count = torch.tensor(len(plan), device=self.device)
             torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
@@ -352,10 +361,10 @@ class RLVRModule(LightningModule):
         """Log ``test/<set>/<metric>`` for every evaluation set."""
         self._log_evaluators("test")
 
-    def predict_step(self, batch: ProblemBatch, batch_idx: int, dataloader_idx: int = 0) -> list[Rollout]:
-        """Return the rollouts themselves."""
+    def predict_step(self, batch: ProblemBatch, batch_idx: int, dataloader_idx: int = 0) -> ProblemBatch:
+        """Return the batch with its rollouts."""
         assert batch.rollouts is not None, "no rollouts attached: add RolloutCallback to the trainer"
-        return batch.rollouts
+        return batch
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember how many updates the loaded weights have seen: evaluation alone does not restore the trainer's count."""

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -58,7 +59,7 @@ class PolicyConfig:
     """Recompute activations in the backward pass: about a third more arithmetic for far less memory."""
     share_prompts: bool | None = None
     """Run each prompt once and share its key/value cache among its completions. None: yes, except with gradient
-    checkpointing, which cannot keep a cache."""
+    checkpointing, which cannot keep a cache, and under FSDP2, where all ranks have to pass the blocks equally often."""
     lora: LoRA | None = None
     """Train adapters only; None trains every weight."""
 
@@ -91,11 +92,17 @@ class PolicyConfig:
                     f"{self.model!r} scales its logits ({attribute}), which is not supported: choose another model"
                 )
         try:
-            lm = AutoModelForCausalLM.from_pretrained(
-                self.model_path, dtype=torch.float32, attn_implementation=self.attn_implementation
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.model_path,
+                dtype=torch.float32,
+                attn_implementation=self.attn_implementation,
+                output_loading_info=True,
             )
-        except (OSError, ValueError, ImportError) as error:
+            lm, loading = loaded
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise ConfigError(f"cannot load the weights of {self.model!r}: {error}") from error
+        if loading["missing_keys"]:  # transformers would fill them at random, with a warning at most
+            raise ConfigError(f"cannot load the weights of {self.model!r}: missing {sorted(loading['missing_keys'])[:5]}")
         return Policy(lm, tokenizer, self)
 
 
@@ -105,6 +112,7 @@ class Policy(nn.Module):
     def __init__(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PolicyConfig) -> None:
         super().__init__()
         self.config = config
+        self.shares_prompts = config.shares_prompts
         self.tokenizer = tokenizer
         self.generation_config = lm.generation_config or GenerationConfig()
         self.eos_token_ids = _eos_token_ids(lm, tokenizer)
@@ -130,7 +138,7 @@ class Policy(nn.Module):
         never looks, so no attention mask is needed.
         """
         one_prompt = len(set(batch.prompt_groups)) == 1 and len(batch) > 1
-        if one_prompt and self.config.shares_prompts:
+        if one_prompt and self.shares_prompts:
             hidden, targets, mask = self._forward_shared_prompt(batch)
         else:
             hidden, targets, mask = self._forward_rows(batch)
@@ -184,6 +192,9 @@ class Policy(nn.Module):
         """
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+        if self.config.share_prompts:
+            raise ConfigError("policy.share_prompts does not work with FSDP2 yet: leave it out, or set it to false")
+        self.shares_prompts = False
         precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
         blocks = set(self.lm._no_split_modules or [])
         for module in list(self.lm.modules()):
@@ -260,7 +271,10 @@ def _add_adapters(lm: PreTrainedModel, lora: LoRA) -> None:
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, lora_dropout=0.0, task_type="CAUSAL_LM"
     )
-    inject_adapter_in_model(config, lm)
+    try:
+        inject_adapter_in_model(config, lm)
+    except ValueError as error:
+        raise ConfigError(f"policy.lora does not fit this model: {error}") from error
 
 
 def _merged_weights(lm: PreTrainedModel) -> dict[str, Any]:

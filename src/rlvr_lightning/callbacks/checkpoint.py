@@ -65,7 +65,7 @@ class CheckpointCallback(Checkpoint):
 
     def _prune(self, folder: Path) -> None:
         """Delete all but the latest ``keep`` checkpoints, once the newest is complete."""
-        checkpoints = sorted(folder.glob("step-*.ckpt"))
+        checkpoints = sorted(folder.glob("step-*.ckpt"), key=lambda path: path.stat().st_mtime)
         for old in checkpoints[: len(checkpoints) - self.keep] if self.keep > 0 else []:
             shutil.rmtree(old) if old.is_dir() else old.unlink()  # a folder when every rank writes its shard
 

@@ -61,7 +61,7 @@ class RolloutCallback(Callback):
         if not isinstance(datamodule, ProblemDataModule):
             raise ConfigError("RolloutCallback needs a ProblemDataModule: pass datamodule= to the trainer")
         if stage == "fit":
-            self._check_training(pl_module, datamodule.problems_per_step // trainer.world_size)
+            self.check_training(pl_module, datamodule.problems_per_step // trainer.world_size)
         self.engine.check()
         config, tokenizer = load_config_and_tokenizer(pl_module.policy_config.model_path)
         self._collector = Collector(self.engine, self.verifier, tokenizer, self.seed)
@@ -69,7 +69,8 @@ class RolloutCallback(Callback):
         if trainer.is_global_zero:
             self.verifier.check(datamodule.train_problems)
 
-    def _check_training(self, module: RLVRModule, groups: int) -> None:
+    def check_training(self, module: RLVRModule, groups: int) -> None:
+        """Raise ConfigError for sampling that cannot train; ``groups``: of one process in one step."""
         if self.sampling.temperature == 0:
             raise ConfigError(
                 "rollout.sampling.temperature is 0: greedy rollouts of a group are all alike and teach nothing; set it "
