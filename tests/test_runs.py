@@ -40,12 +40,13 @@ def fit_arguments(model: Path, root: Path, *, engine: str = "vllm.VLLMEngine", s
     ]
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
+def start(*arguments: str, cwd: Path | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "rlvr_lightning", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        cwd=cwd,
         env=ENVIRONMENT,
         start_new_session=True,  # whatever it leaves behind is found by its session
     )
@@ -131,15 +132,24 @@ def test_a_multirun_trains_every_combination_from_the_same_files(tiny_model: Pat
         "sweep", "-m", "experiment=quickstart", "rollout=hf", "model.objective.entropy_coef=0,0.001", "trainer.max_steps=1",
         "evaluate_first=false", f"model.policy.model={tiny_model}", "rollout.sampling.max_tokens=8",
         "trainer.val_check_interval=100",
-        f"hydra.sweep.dir={tmp_path}",
+        cwd=tmp_path,
     )  # fmt: skip
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output[-3000:]
+    [sweep] = (tmp_path / "runs" / "sweep").iterdir()
     for number, coefficient in enumerate((0, 0.001)):
-        folder = tmp_path / str(number)
-        assert str(folder) in output
+        folder = sweep / str(number)
+        assert f"runs/sweep/{sweep.name}/{number}" in output
         assert f"entropy_coef: {coefficient}" in (folder / "run.yaml").read_text()
         assert any("train/loss" in row for row in read_jsonl(folder / "metrics.jsonl"))
+
+
+def test_a_misspelled_override_is_one_message(tmp_path: Path) -> None:
+    process = start("sweep", "experiment=quickstart", "model.objective.entropi_coef=0", cwd=tmp_path)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert "entropi_coef" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.slow

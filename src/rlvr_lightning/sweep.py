@@ -12,7 +12,9 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from rlvr_lightning.errors import ConfigError
 
@@ -50,6 +52,10 @@ def run_job(cfg: DictConfig) -> None:
 def main(args: list[str]) -> int:
     """Run Hydra on the given command line (its first word is ``sweep``); return the exit status."""
     sys.argv = ["rlvr sweep", *args[1:]]
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # our own errors are one message; Hydra's shortened ones hide the job's
-    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(run_job)()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors through: the message is ours, not Hydra's page
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(run_job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = "\n".join(line for line in f"{error}\n{error.__cause__ or ''}".splitlines() if line.strip())
+        raise ConfigError(f"the configuration does not compose: {reason}") from error
     return 0
