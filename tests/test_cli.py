@@ -482,7 +482,8 @@ def test_weights_and_biases_records_offline(finished: Run, rlvr: Callable[..., O
     outcome = rlvr("fit", "--config", finished.root / "run.yaml", logger, *arguments, "--trainer.max_steps=1")
     assert outcome.status == 0, outcome.err
     assert "W&B: recording offline" in outcome.out
-    wandb.teardown()  # as at the end of a process: only then is everything on the disk
+    wandb.finish()  # as at the end of a process: only then is everything on the disk
+    wandb.teardown()
     [record] = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     content = record.read_bytes()
     # The record is cut into blocks, so any one key may be torn in two.

@@ -144,11 +144,12 @@ def test_a_multirun_trains_every_combination_from_the_same_files(tiny_model: Pat
         assert any("train/loss" in row for row in read_jsonl(folder / "metrics.jsonl"))
 
 
-def test_a_misspelled_override_is_one_message(tmp_path: Path) -> None:
-    process = start("sweep", "experiment=quickstart", "model.objective.entropi_coef=0", cwd=tmp_path)
+@pytest.mark.parametrize("override", ["model.objective.entropi_coef=0", "experiment=quikstart", "rollout=no-such-engine"])
+def test_a_misspelled_override_is_one_message(tmp_path: Path, override: str) -> None:
+    process = start("sweep", "experiment=quickstart", override, cwd=tmp_path)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 2
-    assert "entropi_coef" in output
+    assert override.split("=")[0].split(".")[-1] in output
     assert "Traceback" not in output
 
 
