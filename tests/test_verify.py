@@ -1,6 +1,5 @@
 """The verifier gives the right verdict with the right reason, and nothing that a model writes can stop it."""
 
-import json
 import os
 import signal
 import subprocess
@@ -13,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from rlvr_lightning.errors import ConfigError
+from rlvr_lightning.grading.boxed import last_boxed
 from rlvr_lightning.records import Completion, FinishReason, Problem, Score
-from rlvr_lightning.verify import MAX_CHARS, MathVerifier, last_boxed
+from rlvr_lightning.verify import MAX_CHARS, Verifier
 
 SRC = Path(__file__).parents[1] / "src"
 TOWER = "9^{9^{9^{9}}}"
@@ -25,7 +25,7 @@ def pair(answer: str, text: str, finish_reason: FinishReason = "stop") -> tuple[
     return Problem("p", "?", answer), Completion((), (), text, finish_reason)
 
 
-def grade(verifier: MathVerifier, answer: str, extracted: str) -> Score:
+def grade(verifier: Verifier, answer: str, extracted: str) -> Score:
     return verifier([pair(answer, rf"so \boxed{{{extracted}}}.")])[0]
 
 
@@ -34,20 +34,20 @@ def children() -> set[int]:
     listed = subprocess.run(
         ["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True
     ).stdout.splitlines()
-    return {int(line.split()[0]) for line in listed if "grading_worker" in line or "<defunct>" in line}
+    return {int(line.split()[0]) for line in listed if "grading.worker" in line or "<defunct>" in line}
 
 
 @pytest.fixture(scope="module")
-def verifier() -> Iterator[MathVerifier]:
-    verifier = MathVerifier(timeout_s=5)
+def verifier() -> Iterator[Verifier]:
+    verifier = Verifier(timeout_s=5)
     yield verifier
     verifier.close()
 
 
 @pytest.fixture(scope="module")
-def hasty() -> Iterator[MathVerifier]:
+def hasty() -> Iterator[Verifier]:
     """For items that are meant to run into the limit."""
-    verifier = MathVerifier(timeout_s=1)
+    verifier = Verifier(timeout_s=1)
     yield verifier
     verifier.close()
 
@@ -142,7 +142,7 @@ def test_extraction_is_linear_on_a_hostile_megabyte(text: str) -> None:
         ("C", r"\text{(C)}"),
     ],
 )
-def test_equal_answers_are_correct(verifier: MathVerifier, answer: str, extracted: str) -> None:
+def test_equal_answers_are_correct(verifier: Verifier, answer: str, extracted: str) -> None:
     score = grade(verifier, answer, extracted)
     assert (score.reward, score.correct, score.reason, score.extracted) == (1.0, True, "correct", extracted)
 
@@ -178,12 +178,12 @@ def test_equal_answers_are_correct(verifier: MathVerifier, answer: str, extracte
         ("listen", "silent"),
     ],
 )
-def test_different_answers_are_wrong(verifier: MathVerifier, answer: str, extracted: str) -> None:
+def test_different_answers_are_wrong(verifier: Verifier, answer: str, extracted: str) -> None:
     score = grade(verifier, answer, extracted)
     assert (score.reward, score.correct, score.reason, score.extracted) == (0.0, False, "wrong", extracted)
 
 
-def test_every_way_to_miss_has_its_reason(verifier: MathVerifier) -> None:
+def test_every_way_to_miss_has_its_reason(verifier: Verifier) -> None:
     scores = verifier(
         [
             pair("24", "the answer is 24"),
@@ -206,7 +206,7 @@ def test_every_way_to_miss_has_its_reason(verifier: MathVerifier) -> None:
     [
         (TOWER, {"timeout", "error", "wrong"}),
         (f"{TOWER} - {TOWER} + 24", {"timeout", "error", "wrong"}),
-        (SLOW, {"timeout", "error", "wrong"}),
+        (SLOW, {"timeout", "error", "wrong", "unparsable"}),
         ("(" * 400 + "24" + ")" * 400, {"timeout", "error", "unparsable", "correct"}),
         ("{" * 900 + "24" + "}" * 900, {"timeout", "error", "unparsable", "correct"}),
         ("{" * 10_000 + "24" + "}" * 10_000, {"unparsable"}),
@@ -218,7 +218,7 @@ def test_every_way_to_miss_has_its_reason(verifier: MathVerifier) -> None:
     ],
     ids=["tower", "towers", "sum", "parentheses", "900", "10000", "nul", "megabyte", "surrogate", "newline", "code"],
 )
-def test_hostile_answer_gets_a_verdict_in_time(hasty: MathVerifier, extracted: str, reasons: set[str]) -> None:
+def test_hostile_answer_gets_a_verdict_in_time(hasty: Verifier, extracted: str, reasons: set[str]) -> None:
     assert grade(hasty, "24", "4!").correct  # a running worker: start-up is not on the clock
     start = time.monotonic()
     score = grade(hasty, "24", extracted)
@@ -230,7 +230,7 @@ def test_hostile_answer_gets_a_verdict_in_time(hasty: MathVerifier, extracted: s
 
 
 def test_timeout_kills_the_worker_and_says_so() -> None:
-    verifier = MathVerifier(timeout_s=0.5)
+    verifier = Verifier(timeout_s=0.5)
     assert grade(verifier, "24", "4!").correct
     (first,) = children_of(verifier)
     os.kill(first, signal.SIGSTOP)  # as good as an endless computation, and exact on any machine
@@ -242,12 +242,12 @@ def test_timeout_kills_the_worker_and_says_so() -> None:
     verifier.close()
 
 
-def children_of(verifier: MathVerifier) -> set[int]:
+def children_of(verifier: Verifier) -> set[int]:
     return {worker._process.pid for worker in verifier._workers if worker._process is not None}
 
 
 def test_worker_killed_from_outside_costs_no_later_item() -> None:
-    verifier = MathVerifier()
+    verifier = Verifier()
     assert grade(verifier, "24", "4!").correct
     (first,) = children_of(verifier)
     os.kill(first, signal.SIGKILL)
@@ -258,7 +258,7 @@ def test_worker_killed_from_outside_costs_no_later_item() -> None:
 
 
 def test_worker_that_dies_on_an_item_is_an_error_of_that_item_only() -> None:
-    verifier = MathVerifier()
+    verifier = Verifier()
     assert grade(verifier, "24", "4!").correct
     (pid,) = children_of(verifier)
     os.kill(pid, signal.SIGSTOP)
@@ -269,13 +269,13 @@ def test_worker_that_dies_on_an_item_is_an_error_of_that_item_only() -> None:
     verifier.close()
 
 
-def test_verdicts_do_not_depend_on_thread_workers_or_order(verifier: MathVerifier) -> None:
+def test_verdicts_do_not_depend_on_thread_workers_or_order(verifier: Verifier) -> None:
     extracted = ["64/5", "12.7", r"\frac", "12.80", "12.8 or 12.7", "V=12.8", "64/5", "12.7"]
     pairs = [pair("12.8", rf"\boxed{{{text}}}") for text in extracted] + [pair("12.8", "no box")]
     expected = verifier(pairs)
     assert [score.correct for score in expected] == [True, False, False, True, False, True, True, False, False]
 
-    parallel = MathVerifier(workers=2)
+    parallel = Verifier(workers=2)
     results: list[list[Score]] = []
     threads = [threading.Thread(target=lambda: results.append(parallel(pairs))) for _ in range(3)]
     for thread in threads:
@@ -289,7 +289,7 @@ def test_verdicts_do_not_depend_on_thread_workers_or_order(verifier: MathVerifie
 
 
 def test_parallel_workers_grade_at_the_same_time() -> None:
-    verifier = MathVerifier(timeout_s=1, workers=2)
+    verifier = Verifier(timeout_s=1, workers=2)
     verifier([pair("24", r"\boxed{4!}"), pair("24", r"\boxed{48/2}")])
     stopped = children_of(verifier)
     assert len(stopped) == 2
@@ -303,7 +303,7 @@ def test_parallel_workers_grade_at_the_same_time() -> None:
 
 
 def test_memo_and_equal_text_reach_no_worker() -> None:
-    verifier = MathVerifier()
+    verifier = Verifier()
     assert grade(verifier, "12.8", " 12.8  ").correct
     assert not children_of(verifier)
     pairs = [pair("12.8", r"\boxed{64/5}"), pair("12.8", r"\boxed{12.7}")]
@@ -315,15 +315,15 @@ def test_memo_and_equal_text_reach_no_worker() -> None:
 
 
 def test_duplicates_in_one_call_are_graded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    verifier, asked = MathVerifier(), []
+    verifier, asked = Verifier(), []
     monkeypatch.setattr(verifier._workers[0], "ask", lambda pair: asked.append(pair) or "wrong")
     scores = verifier([pair("24", r"\boxed{25}"), pair("24", r"\boxed{26}")] * 50)
     assert len(scores) == 100
-    assert sorted(asked) == [("24", "25"), ("24", "26")]
+    assert sorted(asked) == [("math", "24", "25"), ("math", "24", "26")]
 
 
 def test_close_leaves_no_process() -> None:
-    verifier = MathVerifier(workers=2)
+    verifier = Verifier(workers=2)
     before = children()
     verifier([pair("24", r"\boxed{4!}"), pair("24", r"\boxed{48/2}")])
     started = children() - before
@@ -336,8 +336,8 @@ def test_close_leaves_no_process() -> None:
 def test_dead_parent_leaves_no_worker() -> None:
     script = (
         "import os, signal\n"
-        "from rlvr_lightning import MathVerifier, Problem, Completion\n"
-        "verifier = MathVerifier()\n"
+        "from rlvr_lightning import Verifier, Problem, Completion\n"
+        "verifier = Verifier()\n"
         "assert verifier([(Problem('p', '?', '24'), Completion((), (), r'\\boxed{4!}', 'stop'))])[0].correct\n"
         "print(verifier._workers[0]._process.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -355,14 +355,15 @@ def test_dead_parent_leaves_no_worker() -> None:
 def test_worker_busy_on_an_endless_item_ends_without_its_parent() -> None:
     """A dead parent cannot kill, and a busy worker does not see that its input ended: its own alarm must end it."""
     worker = subprocess.Popen(
-        [sys.executable, "-m", "rlvr_lightning.grading_worker", str(2**31), "0.5"],
+        [sys.executable, "-m", "rlvr_lightning.grading.worker", str(2**31), "0.5"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        cwd=SRC,
+        cwd=Path(__file__).parent,
+        env=os.environ | {"PYTHONPATH": str(SRC)},
     )
     with worker:
-        assert worker.stdout.readline() == b'{"reason": "ready"}\n'
-        worker.stdin.write(json.dumps(["24", TOWER]).encode() + b"\n")
+        assert worker.stdout.readline() == b'"ready"\n'
+        worker.stdin.write(b'["graders.endless"]\n["graders.endless", "24", "loop"]\n')
         worker.stdin.close()
         try:
             assert worker.wait(timeout=10) == -signal.SIGALRM
@@ -377,18 +378,19 @@ def is_running(pid: int) -> bool:
 
 def test_worker_imports_no_torch() -> None:
     script = (
-        "import sys, rlvr_lightning.grading_worker as worker\n"
-        "assert worker.grade('12.8', '64/5') == 'correct'\n"
+        "import sys, rlvr_lightning.grading.worker\n"
+        "from rlvr_lightning.grading import GRADERS, load_grader\n"
+        "for name in GRADERS: load_grader(name).compare('12.8', '64/5')\n"
         "print([name for name in sys.modules if name.split('.')[0] in ('torch', 'lightning', 'numpy')])\n"
-        "print([name for name in sys.modules if name.startswith('rlvr_lightning.')])\n"
+        "print([name for name in sys.modules if name.startswith('rlvr_lightning.') and 'grading' not in name])\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(SRC)}
     )
-    assert done.stdout.splitlines() == ["[]", "['rlvr_lightning.grading_worker']"], done.stderr
+    assert done.stdout.splitlines() == ["[]", "['rlvr_lightning.errors']"], done.stderr
 
 
-def test_check_names_every_ground_truth_that_cannot_be_met(verifier: MathVerifier) -> None:
+def test_check_names_every_ground_truth_that_cannot_be_met(verifier: Verifier) -> None:
     rows = ["12.8", "", r"\frac{4}{3}", r"\frac{4", " ", "C", "Monday", "4:40 a.m.", "1 OR 2", "9" * (MAX_CHARS + 1)]
     problems = [Problem(f"id{i}", "?", answer, f"train.jsonl:{i}") for i, answer in enumerate(rows)]
     with pytest.raises(ConfigError, match="4 of 10 ground truths") as caught:
@@ -404,6 +406,33 @@ def test_check_names_every_ground_truth_that_cannot_be_met(verifier: MathVerifie
     verifier.check([problem for problem in problems if problem.answer in ("12.8", "C", "Monday", "4:40 a.m.")])
 
 
+def test_a_grader_of_ones_own_is_named_by_its_dotted_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    verifier = Verifier("graders.endless", timeout_s=0.5)
+    scores = verifier([pair("123", "321"), pair("123", "loop"), pair("123", "123 "), pair("124", "123")])
+    assert [score.reason for score in scores] == ["correct", "timeout", "correct", "wrong"]
+    assert verifier([pair("123", "321")], grader="exact")[0].reason == "no_answer"
+    verifier.close()
+
+
+def test_what_was_anticipated_is_not_graded_again() -> None:
+    verifier = Verifier()
+    pairs = [pair("12.8", rf"\boxed{{{text}}}") for text in ("64/5", "12.7", "13", "64/5")] + [pair("12.8", "no box")]
+    for problem, completion in pairs:
+        verifier.anticipate(problem, completion)
+    for future in list(verifier._early.values()):
+        future.result()
+    verifier.close()
+    assert [score.reason for score in verifier(pairs)] == ["correct", "wrong", "wrong", "correct", "no_answer"]
+    assert not children_of(verifier)
+
+
+@pytest.mark.parametrize("name", ["maths", "no.such.module", "json.decoder"])
+def test_unknown_grader_is_refused_with_the_choices(name: str) -> None:
+    with pytest.raises(ConfigError, match="paper-train"):
+        Verifier(name)
+
+
 @pytest.mark.parametrize(
     ("arguments", "key"),
     [
@@ -416,11 +445,11 @@ def test_check_names_every_ground_truth_that_cannot_be_met(verifier: MathVerifie
 )
 def test_bad_argument_is_named_at_construction(arguments: dict, key: str) -> None:
     with pytest.raises(ConfigError, match=key):
-        MathVerifier(**arguments)
+        Verifier(**arguments)
 
 
 def test_grader_that_cannot_start_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    verifier = MathVerifier()
-    with pytest.raises(ConfigError, match="math_verify"):
+    verifier = Verifier()
+    with pytest.raises(ConfigError, match="did not start"):
         grade(verifier, "24", "25")

@@ -1,0 +1,99 @@
+r"""Units of measurement and other words behind a number: which spellings mean the same, and which do not."""
+
+import re
+
+Unit = frozenset[tuple[str, int]]
+"""Pairs of name and exponent; the empty set is no unit."""
+
+PERCENT: Unit = frozenset({("%", 1)})
+DEGREE: Unit = frozenset({("degree", 1)})
+SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+"""Powers of ten that are written as words."""
+
+_SPELLINGS = """
+m meter metre|cm centimeter centimetre|mm millimeter millimetre|km kilometer kilometre|dm decimeter|nm nanometer|in inch inches
+ft foot feet|yd yard|mi mile|g gram|kg kilogram|mg milligram|lb lbs pound|oz ounce|t ton tonne|s sec second|min minute|h hr hour
+day|week wk|month|year yr|ms millisecond|l liter litre|ml milliliter millilitre|gal gallon|qt quart|pt pint|cup|cent ¢
+$ dollar usd buck|euro eur €|gbp £|rupee|yen ¥|degree deg degrees|rad radian|%|unit|n newton|j joule|w watt|v volt|pa pascal
+a amp ampere|k kelvin|hz hertz|c celsius|f fahrenheit|mol mole|people person persons|child children|man men|woman women|way
+point|side|erg|au|kj kilojoule|kw kilowatt|mw megawatt|ev electronvolt|gev|mev|angstrom|gauss|dyne|arcsec arcsecond|pc parsec
+coulomb|ohm|tesla|farad|die dice|acre
+""".replace("\n", "|")
+_NAMES = {word: group.split()[0] for group in _SPELLINGS.split("|") if group.strip() for word in group.split()}
+_COMPOUND = {
+    "mph": {"mi": 1, "h": -1},
+    "kph": {"km": 1, "h": -1},
+    "kmh": {"km": 1, "h": -1},
+    "fps": {"ft": 1, "s": -1},
+    "cc": {"cm": 3},
+}
+_CASED = {"C", "F", "N", "J", "W", "V", "A", "K", "T", "L", "s", "m", "g", "h", "l"}
+"""Single letters that are units in this case only."""
+_SKIPPED = {"of", "the", "a", "an", "total", "each", "long", "tall", "wide", "approximately", "about", "exactly", "old"}
+COUNTS = frozenset({("%", 1), ("dozen", 1), ("pair", 1), ("score", 1), ("gross", 1), ("couple", 1)})
+"""Units that are factors: a ground truth without them is not met by an answer with them."""
+_REFUSED = frozenset(
+    "not no or and either if when where for isn't is mod base unless except but factorial half halves third "
+    "thirds fourth fourths quarter quarters fifth fifths sixth sixths seventh eighth eighths ninth tenth "
+    "tenths hundredth hundredths thousandth thousandths plus minus more less fewer over divided negative "
+    "positive pi infinity root remainder modulo choose power to".split()
+)
+_POWERS = {"square": 2, "squared": 2, "sq": 2, "cubic": 3, "cubed": 3, "cu": 3}
+_WORD = re.compile(r"[A-Za-z'-]+|[%$€£¥¢]|[²³]|/|\^\{?-?\d+\}?|\d+")
+
+
+def known(word: str) -> bool:
+    r"""Return whether a word outside ``\text`` is a unit, not a product of symbols."""
+    if len(word) == 1:
+        return word in _CASED
+    low = word.lower()
+    return low in _NAMES or low.rstrip("s") in _NAMES or low in _COMPOUND or low in _POWERS or low in SCALES
+
+
+def read_unit(text: str) -> tuple[Unit, int] | None:
+    """Return (unit, power of ten) of the words behind a number, or None if they say anything else.
+
+    >>> read_unit("miles per hour") == read_unit("mi/h") == read_unit("mph")
+    True
+    """
+    exponents: dict[str, int] = {}
+    scale, sign, power, last = 0, 1, 1, ""
+    for part in _WORD.findall(text.replace(".", " ")):
+        word = part if len(part) == 1 else part.lower()
+        if word in _REFUSED or part.isdigit():
+            return None
+        if word in _SKIPPED:
+            continue
+        if word in ("per", "/"):
+            sign = -1
+        elif part[0] == "^" and last:
+            exponents[last] *= int(part.strip("^{}"))
+        elif word in ("squared", "cubed") and last:
+            exponents[last] *= _POWERS[word]
+        elif word in _POWERS:
+            power = _POWERS[word]
+        elif word in SCALES and not last:
+            scale += SCALES[word]
+        elif word in _COMPOUND:
+            for name, exponent in _COMPOUND[word].items():
+                exponents[name] = exponents.get(name, 0) + sign * exponent
+            last = word
+            exponents.setdefault(last, 0)
+        else:
+            last = _name(word)
+            exponents[last] = exponents.get(last, 0) + sign * power
+            power = 1
+    return frozenset((name, exponent) for name, exponent in exponents.items() if exponent), scale
+
+
+def _name(word: str) -> str:
+    if word in ("percent", "percentage", "pct", "percents"):
+        return "%"
+    if len(word) == 1 and word.isalpha():
+        return _NAMES.get(word.lower(), word) if word in _CASED or word == "t" else word
+    if word in _NAMES:
+        return _NAMES[word]
+    singular = (
+        word[:-3] + "y" if word.endswith("ies") else word[:-1] if word.endswith("s") and not word.endswith("ss") else word
+    )
+    return _NAMES.get(singular, singular)

@@ -1,0 +1,91 @@
+"""What is no mathematics: words, choice letters, times of day, and numerals whose base is written."""
+
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+
+from rlvr_lightning.grading.math.answers import REALS, Based, Choice, Clock, Readings, Region, Value, Word
+from rlvr_lightning.grading.math.expression import num
+from rlvr_lightning.grading.math.tokens import Tokens
+
+_BASES = {
+    "two": 2,
+    "three": 3,
+    "four": 4,
+    "five": 5,
+    "six": 6,
+    "seven": 7,
+    "eight": 8,
+    "nine": 9,
+    "ten": 10,
+    "twelve": 12,
+    "sixteen": 16,
+}
+_BASED = re.compile(
+    r"\(?([0-9A-Za-z]+(?:\.[0-9A-Za-z]+)?)\)?\s*(?:_\s*\{?\s*\(?|\s+(?:in\s+)?base[ -]?)(\d+|[a-z]+)\)?\s*\}?", re.ASCII
+)
+_CLOCK = re.compile(r"(\d{1,2}):(\d\d)\s*(?:([ap])\.?\s*m\.?)?|(\d{1,2})()\s*([ap])\.?\s*m\.?", re.IGNORECASE)
+_CHOICE = re.compile(r"\(?([A-Z])\)?[.):]*|\(([A-Z])\).*|([A-Z])[.):]\s.*", re.DOTALL)
+_WORDY = re.compile(r"[\w\s.,:;'()/-]+")
+_PUNCTUATION = re.compile(r"(?<!\d)[.,;:'()-](?!\d)|[.,;:](?!\S)")
+_NUMBER_WORDS = {
+    word: value
+    for value, word in enumerate(
+        (
+            "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+            "seventeen eighteen nineteen twenty"
+        ).split()
+    )
+}
+_REALS = {"all real numbers", "all reals", "real numbers", "any real number", "every real number"}
+_EMPTY = {"no solution", "no solutions", "no real solution", "no real solutions", "empty set", "there are no solutions"}
+
+
+def choices(plain: str) -> Iterator[Choice]:
+    """Read the letter of a choice, with or without what it stands for."""
+    match = _CHOICE.fullmatch(plain)
+    if match:
+        yield Choice(match[1] or match[2] or match[3])
+
+
+def based(plain: str) -> Iterator[Based | Value]:
+    """Read a numeral with its base."""
+    match = _BASED.fullmatch(plain)
+    if match is None:
+        return
+    base = int(match[2]) if match[2].isdigit() and len(match[2]) < 3 else _BASES.get(match[2], 0)
+    digits = match[1].upper()
+    if 2 <= base <= 36 and any(c.isdigit() for c in digits) and all(int(c, 36) < base for c in digits if c != "."):
+        yield Value(num(Fraction(digits))) if base == 10 else Based(digits, base)
+
+
+def clocks(plain: str) -> Iterator[Clock]:
+    """Read a time of day."""
+    match = _CLOCK.fullmatch(plain)
+    if match:
+        hour, minute, half = (match[1], match[2], match[3]) if match[1] else (match[4], "0", match[6])
+        if int(hour) < 25 and int(minute) < 60:
+            yield Clock(int(hour), int(minute), (half or "").lower())
+
+
+def of_tokens(tokens: Tokens) -> Readings:
+    """Words between other tokens, such as the elements of a list."""
+    if all(t.kind in ("text", "word", "sym") for t in tokens):
+        return tuple(words(" ".join(t.text for t in tokens)))
+    return ()
+
+
+def words(plain: str) -> Iterator[Word | Value | Region]:
+    """Read words; numbers among them count as spelled, case does not count."""
+    if not re.search("[A-Za-z]{2}", plain) or not _WORDY.fullmatch(plain):
+        return
+    text = " ".join(_PUNCTUATION.sub(" ", plain).casefold().split())
+    text = re.sub(r"^(?:the|an?) (?=\w)", "", text)
+    if text in _NUMBER_WORDS:
+        yield Value(num(_NUMBER_WORDS[text]))
+    elif text in _REALS:
+        yield REALS
+    elif text in _EMPTY:
+        yield Region(())
+    if re.search("[a-z]{3}", text) or text in ("no", "up", "am", "pm", "so") or " " in text:
+        yield Word(text)
