@@ -201,7 +201,7 @@ BAD = {
     "no groups": (["--data.init_args.problems_per_step=0"], ["data.problems_per_step is 0", "set it to 1 or more"]),
     "question and file": (["--data.init_args.file=builtin:addition_1digit"], ["data.file", "exclude each other"]),
     "no grading processes": (
-        ["--rollout.verifier=rlvr_lightning.verify.MathVerifier", "--rollout.verifier.workers=0"],
+        ["--rollout.verifier=rlvr_lightning.verify.Verifier", "--rollout.verifier.workers=0"],
         ["workers=0"],
     ),
     "negative export interval": (["--export.every_n_steps=-1"], ["export.every_n_steps is -1", "set it to 0"]),

@@ -12,7 +12,10 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from rlvr_lightning.cli import RLVRCLI
+from rlvr_lightning.data import EvalDataModule
 from rlvr_lightning.errors import ConfigError
+from rlvr_lightning.evaluation.paper import SIX
+from rlvr_lightning.prompts import PAPER_SYSTEM
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = ("model", "data", "rollout", "trainer")
@@ -35,11 +38,13 @@ class ParsingCLI(RLVRCLI):
 
 @pytest.fixture
 def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
-    """Return the configuration that ``rlvr fit`` would run with."""
+    """Return the configuration that ``rlvr fit`` would run with, or the command that comes first."""
 
     def run(*args: object) -> Any:
-        monkeypatch.setattr(sys, "argv", ["rlvr", "fit", *map(str, args)])
-        return ParsingCLI().config.fit
+        command = str(args[0]) if args[0] in ("fit", "test") else "fit"
+        rest = args[1:] if args[0] == command else args
+        monkeypatch.setattr(sys, "argv", ["rlvr", command, *map(str, rest)])
+        return ParsingCLI().config[command]
 
     return run
 
@@ -166,6 +171,30 @@ def test_the_papers_experiment_is_the_papers_setting(parse: Parse, tmp_path: Pat
     assert config.model.optimizer.lr == 1e-6
     assert config.model.updates_per_step == 1
     assert config.rollout.eval_sampling.temperature == 0
+
+
+@pytest.mark.parametrize("data", [None, "paper-eval", "arc", "synthetic-eval"])
+def test_the_evaluation_file_parses_with_every_set_of_sets(parse: Parse, data: str | None) -> None:
+    other = [] if data is None else [f"--data={CONF / 'data' / data}.yaml"]
+    config = parse("test", "--config", CONF / "evaluate.yaml", *other, "--data.init_args.eval_folder=here")
+    module = EvalDataModule(**config.data.init_args.as_dict())
+    assert module.eval_folder == "here"
+    assert list(module.eval_sets) == list(config.data.init_args.evals)
+    if data is None:
+        assert tuple(module.eval_sets) == SIX
+        assert {name: s.rollouts_per_problem for name, s in module.eval_sets.items() if s.temperature} == {
+            "aime24": 8, "amc23": 8, "aime25": 8
+        }  # fmt: skip
+        assert {s.grader for s in module.eval_sets.values()} == {"math"}
+    if data == "paper-eval":
+        graders = {name: s.grader for name, s in module.eval_sets.items()}
+        assert graders.pop("minerva_math") == "paper-eval-keep-units"
+        assert set(graders.values()) == {"paper-eval"}
+
+
+def test_the_papers_evaluation_prompt_is_its_system_message_and_no_suffix(parse: Parse) -> None:
+    prompt = parse("test", "--config", CONF / "evaluate.yaml").rollout.eval_prompt
+    assert (prompt.system, prompt.suffix, list(prompt.examples)) == (PAPER_SYSTEM, "", [])
 
 
 def test_no_file_needs_a_key_that_means_something_else_in_yaml() -> None:

@@ -1,6 +1,7 @@
 """Problems from files: every bad row is named, and the order is a function of the seed and the step."""
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -11,13 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlvr_lightning.data import EvalLoader, ProblemLoader, SingleExampleDataModule, SubsetDataModule, load_problems
+from rlvr_lightning.data import EvalDataModule, EvalLoader, ProblemLoader, SingleExampleDataModule, SubsetDataModule
 from rlvr_lightning.errors import ConfigError
+from rlvr_lightning.evaluation.reading import load_problems
+from rlvr_lightning.evaluation.suite import suite_set
 from rlvr_lightning.prompts import PAPER_SUFFIX
 from rlvr_lightning.records import Problem, ProblemBatch
 from rlvr_lightning.rollout import seed_for
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED_DATA = Path(os.environ.get("RLVR_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 BUILTIN_SIZES = {"addition_1digit": 81, "addition_2digit": 80, "subtraction_1digit": 36}
 
 
@@ -278,6 +281,17 @@ def test_an_evaluation_set_of_training_problems_only_is_refused(tmp_path: Path) 
         SingleExampleDataModule(file=file, evals={"own": file}).setup("fit")
 
 
+def test_evaluation_needs_no_training_problem_and_fitting_does() -> None:
+    data = EvalDataModule(evals={"sums": "builtin:addition_1digit"}, eval_batch_size=50)
+    for _ in range(2):
+        data.setup("test")
+    assert [len(batch.problems) for loader in data.test_dataloader() for batch in loader] == [50, 31]
+    with pytest.raises(ConfigError, match="no training problem: fit with SingleExampleDataModule"):
+        data.train_dataloader()
+    with pytest.raises(ConfigError, match=r"data\.evals is empty: name at least one"):
+        EvalDataModule(evals={})
+
+
 def test_bad_rows_of_an_evaluation_set_end_the_run_in_setup(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "p.jsonl", [{"question": "1+1?"}])
     with pytest.raises(ConfigError, match="row 1: no answer"):
@@ -387,8 +401,6 @@ def test_seeds_are_those_of_every_earlier_run(run: int, stream: str, step: int, 
 # --- the published files ----------------------------------------------------------------------------------------------
 
 needs_shared_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the published data files are not here")
-ANSWERS_ELSEWHERE = {"minerva_math.jsonl", "olympiadbench.jsonl"}
-"""Files whose answers stand under other keys (a boxed ``solution``; a list ``final_answer``)."""
 
 
 def published(kind: str) -> list[Path]:
@@ -419,23 +431,33 @@ def test_the_papers_one_example_file_is_one_problem() -> None:
     assert data.train_problems[0].question + PAPER_SUFFIX == published_prompt["content"]
 
 
-@needs_shared_data
-def test_published_evaluation_files_load() -> None:
-    sizes = {f.name: len(load_problems(str(f))) for f in published("jsonl") if f.name not in ANSWERS_ELSEWHERE}
-    assert sizes == {"aime24.jsonl": 30, "aime25.jsonl": 30, "amc23.jsonl": 40, "gsm8k.jsonl": 1319, "math500.jsonl": 500}
+SUITE_SIZES = {
+    "aime24": 30, "aime25": 30, "amc23": 40, "gsm8k": 1319, "math500": 500, "minerva_math": 272, "olympiadbench": 675
+}  # fmt: skip
 
 
 @needs_shared_data
-@pytest.mark.parametrize("name", sorted(ANSWERS_ELSEWHERE))
-@pytest.mark.xfail(raises=ConfigError, reason="their answers stand under keys that load_problems does not read")
-def test_published_evaluation_files_with_other_keys_load(name: str) -> None:
-    load_problems(str(SHARED_DATA / "eval" / name))
+def test_every_published_evaluation_file_loads_by_the_keys_of_its_declaration() -> None:
+    found = {name: suite_set(name).load(str(SHARED_DATA / "eval")) for name in SUITE_SIZES}
+    assert {name: len(problems) for name, problems in found.items()} == SUITE_SIZES
+    for name, problems in found.items():
+        assert len({p.id for p in problems}) == len(problems), name
+        assert not [p for p in problems if "boxed" in p.answer or "####" in p.answer], name
+    assert found["minerva_math"][0].answer == "1.6"  # the box of its solution
+    assert found["olympiadbench"][0].answer == "2"  # the first entry of a list
+    assert found["amc23"][0].answer == "27"  # the file says 27.0
+    assert found["gsm8k"][0].answer == "18"  # what follows the hashes
+    subjects = Counter(p.subject for p in found["math500"])
+    assert (len(subjects), subjects["Algebra"], subjects["Number Theory"]) == (7, 124, 62)
+    assert {p.subject for p in found["olympiadbench"]} == {"Algebra", "Combinatorics", "Geometry", "Number Theory"}
 
 
 def test_loading_does_not_depend_on_how_often_setup_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    load: Callable[[str], list[Problem]] = load_problems
-    monkeypatch.setattr("rlvr_lightning.data.load_problems", lambda file: (read.append(file), load(file))[1])
+    load: Callable[..., list[Problem]] = load_problems
+    monkeypatch.setattr(
+        "rlvr_lightning.evaluation.suite.load_problems", lambda file, parse: (read.append(file), load(file, parse))[1]
+    )
     data = SingleExampleDataModule(question="1+1?", answer="2", evals={"own": write_jsonl(tmp_path / "p.jsonl", rows(2))})
     for stage in ("validate", "fit", "test"):
         data.setup(stage)

@@ -1,5 +1,6 @@
 """A prompt is exactly the text that one would write by hand, tokenized once."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,50 @@ def text(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> str:
 )
 def test_the_prompt_is_this_text(template: PromptTemplate, expected: str, tokenizer: PreTrainedTokenizerBase) -> None:
     assert text(template, tokenizer) == expected
+
+
+def test_examples_may_stand_inside_the_user_turn(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Question, newline, answer, empty line, ..., question: the paper's in-context baselines."""
+    template = PromptTemplate(system="S", examples=EXAMPLES, examples_as="text")
+    assert text(template, tokenizer) == (
+        "system:S\nuser:What is 2 + 2?\n\\boxed{4}\n\nWhat is 1 + 1?\n\\boxed{2}\n\nWhat is 3 + 4?\na:"
+    )
+    assert text(PromptTemplate(examples=EXAMPLES, examples_as="text", num_examples=1), tokenizer) == (
+        "user:What is 2 + 2?\n\\boxed{4}\n\nWhat is 3 + 4?\na:"
+    )
+
+
+def test_a_solution_that_the_model_wrote_becomes_an_example(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    file = tmp_path / "pi1.jsonl"
+    rows = [("wrong", False), ("so 7", True), ("thus 7", True)]
+    file.write_text("".join(json.dumps({"question": "3 + 4?", "response": r, "correct": c}) + "\n" for r, c in rows))
+    template = PromptTemplate(examples_file=str(file), num_examples=1)
+    assert text(template, tokenizer) == "user:3 + 4?\nassistant:so 7\nuser:What is 3 + 4?\na:"
+    assert text(PromptTemplate(examples_file=str(file)), tokenizer).count("assistant:") == 2
+
+
+@pytest.mark.parametrize("content", [None, "", '{"question": "q", "response": "r", "correct": false}\n', '{"question": "q"}\n'])
+def test_a_file_without_a_solution_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, content: str | None) -> None:
+    file = tmp_path / "x.jsonl"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError, match=r"prompt\.examples_file .*x\.jsonl' (holds no solution|cannot be used)"):
+        text(PromptTemplate(examples_file=str(file)), tokenizer)
+
+
+def test_fewer_examples_than_asked_for_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(ConfigError, match=r"num_examples is 3 but there are 2: lower it"):
+        text(PromptTemplate(examples=EXAMPLES, num_examples=3), tokenizer)
+    with pytest.raises(ConfigError, match=r"num_examples is -1: set it to 0 or more"):
+        PromptTemplate(num_examples=-1)
+
+
+def test_plain_text_stands_around_the_question(tokenizer: PreTrainedTokenizerBase) -> None:
+    plain = PromptTemplate(chat=False, plain="Question: {question}\nAnswer:", examples=[("1?", " one")])
+    assert text(plain, tokenizer) == "Question: 1?\nAnswer: one\n\nQuestion: What is 3 + 4?\nAnswer:"
+    for wrong in ("Question:", "{question}{question}"):
+        with pytest.raises(ConfigError, match=r"prompt\.plain is .*: write \{question\} in it once"):
+            PromptTemplate(chat=False, plain=wrong)
 
 
 def test_the_papers_suffix_follows_the_question_on_the_same_line(tokenizer: PreTrainedTokenizerBase) -> None:

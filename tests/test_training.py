@@ -448,7 +448,7 @@ class RecordSeeds:
 
     version = 0
 
-    def generate(self, prompts: Any, sampling: Any, seeds: list[list[int]]) -> list[list[Completion]]:
+    def generate(self, prompts: Any, sampling: Any, seeds: list[list[int]], _: Any = None) -> list[list[Completion]]:
         self.seeds = seeds
         return [[Completion((5,), (-1.0,), "a", "length")] * sampling.rollouts_per_problem for _ in prompts]
 
@@ -478,7 +478,7 @@ def test_problems_and_seeds_do_not_depend_on_the_number_of_ranks():
 class ShiftedEngine(HFEngine):
     """Lies about its log-probs by a constant."""
 
-    def generate(self, prompts: Any, sampling: Sampling, seeds: Any) -> list[list[Completion]]:
+    def generate(self, prompts: Any, sampling: Sampling, seeds: Any, _: Any = None) -> list[list[Completion]]:
         groups = super().generate(prompts, sampling, seeds)
         return [
             [Completion(c.token_ids, tuple(p - 0.2 for p in c.logprobs), c.text, c.finish_reason) for c in group]

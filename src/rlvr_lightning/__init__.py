@@ -11,17 +11,19 @@ _EXPORTS = {
     "ProblemBatch": "records",
     "ConfigError": "errors",
     "RolloutBatch": "batching",
-    "MathVerifier": "verify",
+    "Verifier": "verify",
     "PromptTemplate": "prompts",
     "Objective": "losses",
     "PolicyConfig": "policy",
     "RLVRModule": "module",
     "SingleExampleDataModule": "data",
     "SubsetDataModule": "data",
+    "EvalDataModule": "data",
     "Sampling": "engines",
     "HFEngine": "engines.hf",
     "VLLMEngine": "engines.vllm",
     "RolloutCallback": "callbacks.rollout",
+    "EvaluationCallback": "callbacks.evaluation",
 }
 __all__ = ["__version__", *_EXPORTS]
 

@@ -10,6 +10,8 @@ rlvr: train a reasoning model with verifiable rewards, from one example up
   rlvr fit ...                    train                     (`rlvr fit --help` lists every key)
   rlvr validate|test|predict ...  evaluate a model or a checkpoint (--ckpt_path)
   rlvr sweep ...                  compose conf/ with Hydra and train; -m runs every combination
+  rlvr compare A B                two evaluated runs, problem by problem: intervals and p-values
+  rlvr grade ...                  grade completions that are already in a file (`rlvr grade --help`)
 
   rlvr fit --model conf/model/smollm2.yaml --data conf/data/three-plus-four.yaml \\
            --rollout conf/rollout/vllm.yaml --trainer conf/trainer/cpu.yaml
@@ -41,8 +43,12 @@ def main() -> int:
             from rlvr_lightning.sweep import main as run
         elif args[0] == "quickstart":
             from rlvr_lightning.quickstart import main as run
+        elif args[0] == "compare":
+            from rlvr_lightning.evaluation.compare import main as run
+        elif args[0] == "grade":
+            from rlvr_lightning.grade import main as run
         else:
-            raise ConfigError(f"no command {args[0]!r}: use quickstart, fit, validate, test, predict or sweep")
+            raise ConfigError(f"no command {args[0]!r}: use quickstart, fit, validate, test, predict, sweep, compare or grade")
         return run(args)
     except ConfigError as error:
         print(f"rlvr: error: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,25 +16,28 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from rlvr_lightning.callbacks.checkpoint import CheckpointCallback
+from rlvr_lightning.callbacks.evaluation import EvaluationCallback
 from rlvr_lightning.callbacks.export import ExportCallback
 from rlvr_lightning.callbacks.history import HistoryCallback
 from rlvr_lightning.callbacks.progress import ProgressCallback
 from rlvr_lightning.callbacks.rollout import RolloutCallback
 from rlvr_lightning.callbacks.transcripts import TranscriptCallback
-from rlvr_lightning.data import ProblemDataModule, SingleExampleDataModule, SubsetDataModule
+from rlvr_lightning.data import EvalDataModule, ProblemDataModule, SingleExampleDataModule, SubsetDataModule
 from rlvr_lightning.engines import Sampling
 from rlvr_lightning.engines.hf import HFEngine
 from rlvr_lightning.engines.vllm import VLLMEngine
 from rlvr_lightning.errors import ConfigError
+from rlvr_lightning.evaluation.suite import EvalSet
 from rlvr_lightning.loggers import MetricsFileLogger
 from rlvr_lightning.losses import Objective
 from rlvr_lightning.module import AdamW, RLVRModule
 from rlvr_lightning.policy import LoRA, PolicyConfig
 from rlvr_lightning.prompts import PromptTemplate
-from rlvr_lightning.verify import MathVerifier
+from rlvr_lightning.verify import Verifier
 
 CALLBACKS: dict[str, type] = {
-    "rollout": RolloutCallback,  # first: the others read what it attaches
+    "evaluation": EvaluationCallback,  # before rollout, which samples what this one does not know
+    "rollout": RolloutCallback,  # the others read what it attaches
     "transcripts": TranscriptCallback,
     "history": HistoryCallback,
     "checkpoint": CheckpointCallback,
@@ -119,6 +123,22 @@ class RLVRCLI(LightningCLI):
         others = configured if isinstance(configured, list) else [configured] if configured not in (None, True, False) else []
         return super().instantiate_trainer(default_root_dir=root, logger=[MetricsFileLogger(root), *others], **kwargs)
 
+    def test(self, **kwargs: Any) -> None:
+        """Test without Lightning's own table, which knows no fingerprint."""
+        self._evaluate(self.trainer.test, **kwargs)
+
+    def validate(self, **kwargs: Any) -> None:
+        """Validate without Lightning's own table."""
+        self._evaluate(self.trainer.validate, **kwargs)
+
+    def _evaluate(self, run: Callable[..., Any], **kwargs: Any) -> None:
+        try:
+            run(**(kwargs | {"verbose": False}))
+        except SystemExit:  # how Lightning ends an interrupted run
+            if self.trainer.interrupted:
+                raise KeyboardInterrupt from None
+            raise
+
     def before_fit(self) -> None:
         """Evaluate the untrained policy, unless this run continues another; refuse before that what cannot be trained."""
         self.model.check_trainer(self.trainer, training=True)
@@ -129,7 +149,7 @@ class RLVRCLI(LightningCLI):
         for logger in self.trainer.loggers:
             if isinstance(logger, MetricsFileLogger):
                 logger.truncate_after(-1)  # a fresh run in an old folder starts its file anew
-        if self._get(self.config, "evaluate_first") and self.datamodule.eval_files:
+        if self._get(self.config, "evaluate_first") and self.datamodule.eval_sets:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
 
@@ -211,7 +231,7 @@ def _explain(message: str) -> str:
 
 def _key_names() -> list[str]:
     """Return the last part of every key: the parameters of all classes that a configuration may name, and the top level."""
-    classes = [Trainer, RLVRModule, PolicyConfig, LoRA, Objective, AdamW, Sampling, PromptTemplate, MathVerifier]
-    classes += [SingleExampleDataModule, SubsetDataModule, HFEngine, VLLMEngine, *CALLBACKS.values()]
+    classes = [Trainer, RLVRModule, PolicyConfig, LoRA, Objective, AdamW, Sampling, PromptTemplate, Verifier]
+    classes += [SingleExampleDataModule, SubsetDataModule, EvalDataModule, EvalSet, HFEngine, VLLMEngine, *CALLBACKS.values()]
     names = {name for cls in classes for name in inspect.signature(cls).parameters}
     return sorted(names | {"seed_everything", "trainer", "model", "data", "evaluate_first", "ckpt_path", "config", *CALLBACKS})

@@ -3,21 +3,17 @@
 Legend: ``P`` problems per step over all ranks.
 """
 
-import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.resources import files as package_files
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
 
 from rlvr_lightning.errors import ConfigError
-from rlvr_lightning.prompts import PAPER_SUFFIX
+from rlvr_lightning.evaluation.reading import load_problems
+from rlvr_lightning.evaluation.suite import EvalSet, declared
 from rlvr_lightning.records import Problem, ProblemBatch
-
-BUILTIN = "builtin:"
 
 
 class ProblemLoader:
@@ -79,6 +75,7 @@ class EvalLoader:
     def __init__(self, name: str, problems: Sequence[Problem], batch_size: int, rank: int, world_size: int) -> None:
         self.name = name
         self._problems = problems
+        self._subjects = tuple(sorted({p.subject for p in problems} - {""}))
         self._batch_size = batch_size
         self._rank = rank
         self._world_size = world_size
@@ -92,7 +89,8 @@ class EvalLoader:
             slots = tuple(range(index * per_round, min((index + 1) * per_round, len(self._problems))))[
                 self._rank :: self._world_size
             ]
-            yield ProblemBatch(step=0, slots=slots, problems=tuple(self._problems[s] for s in slots), name=self.name)
+            problems = tuple(self._problems[s] for s in slots)
+            yield ProblemBatch(step=0, slots=slots, problems=problems, name=self.name, subjects=self._subjects)
 
 
 class ProblemDataModule(LightningDataModule):
@@ -100,9 +98,11 @@ class ProblemDataModule(LightningDataModule):
 
     Args:
         problems_per_step: P, the number of groups in one rollout batch. With one training problem, P groups of that problem.
-        evals: name -> jsonl or parquet file, or ``builtin:NAME`` for a set that ships with the package. A problem that is
-            also trained on is left out of its evaluation set.
-        eval_batch_size: problems sampled together in evaluation, per process.
+        evals: name -> jsonl or parquet file, ``builtin:NAME`` for a set that ships with the package, ``suite:NAME`` for a
+            declared one, or a declaration (fields of :class:`~rlvr_lightning.evaluation.suite.EvalSet`, and ``base``). A
+            problem that is also trained on is left out of its evaluation set.
+        eval_folder: folder with ``NAME.jsonl`` to read ``suite:`` sets from; None takes them from the hub.
+        eval_batch_size: problems sampled together in evaluation, per process; an interrupted test loses one such batch.
         seed: decides the order of training problems.
     """
 
@@ -110,7 +110,8 @@ class ProblemDataModule(LightningDataModule):
         self,
         *,
         problems_per_step: int = 128,
-        evals: dict[str, str] | None = None,
+        evals: dict[str, str | dict[str, Any]] | None = None,
+        eval_folder: str | None = None,
         eval_batch_size: int = 512,
         seed: int = 0,
     ) -> None:
@@ -121,11 +122,13 @@ class ProblemDataModule(LightningDataModule):
         if "train" in (evals or {}):
             raise ConfigError("data.evals: 'train' names the training batches; give the evaluation set another name")
         self.problems_per_step = problems_per_step
+        self.eval_folder = eval_folder
         self.eval_batch_size = eval_batch_size
         self.seed = seed
-        self.eval_files = dict(evals or {})
+        self.eval_sets: dict[str, EvalSet] = {name: declared(name, value) for name, value in (evals or {}).items()}
         self.train_problems: list[Problem] = []
         self.eval_problems: dict[str, list[Problem]] = {}
+        self._loaded = False
 
     @abstractmethod
     def load_train_problems(self) -> list[Problem]:
@@ -137,18 +140,21 @@ class ProblemDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Load every file once; bad rows end the run here, before a model is built."""
-        if self.train_problems:
+        if self._loaded:
             return
         train = self.load_train_problems()
         trained_on = {_normalized(p.question) for p in train}
-        for name, file in self.eval_files.items():
-            problems = [p for p in load_problems(file) if _normalized(p.question) not in trained_on]
+        for name, eval_set in self.eval_sets.items():
+            problems = [p for p in eval_set.load(self.eval_folder) if _normalized(p.question) not in trained_on]
             if not problems:
-                raise ConfigError(
-                    f"data.evals.{name}: every problem of {file} is a training problem, nothing is left to evaluate"
-                )
+                raise ConfigError(f"data.evals.{name}: every problem of it is a training problem, nothing is left to evaluate")
             self.eval_problems[name] = problems
         self.train_problems = train
+        self._loaded = True
+
+    def eval_set(self, name: str) -> EvalSet:
+        """Return the declaration of an evaluation set; problems put in by hand are asked as the run says."""
+        return self.eval_sets.get(name) or EvalSet(file=name)
 
     def _rank_and_world(self) -> tuple[int, int]:
         trainer = self.trainer
@@ -157,6 +163,8 @@ class ProblemDataModule(LightningDataModule):
     def train_dataloader(self) -> ProblemLoader:
         """Return the endless stream of this rank's training batches."""
         rank, world = self._rank_and_world()
+        if not self.train_problems:
+            raise ConfigError("data holds no training problem: fit with SingleExampleDataModule or SubsetDataModule")
         if self.problems_per_step < world:
             raise ConfigError(
                 f"data.problems_per_step is {self.problems_per_step} but {world} processes train: set it to {world} or more, "
@@ -196,11 +204,18 @@ class SingleExampleDataModule(ProblemDataModule):
         file: str | None = None,
         id: str | None = None,
         problems_per_step: int = 128,
-        evals: dict[str, str] | None = None,
+        evals: dict[str, str | dict[str, Any]] | None = None,
+        eval_folder: str | None = None,
         eval_batch_size: int = 512,
         seed: int = 0,
     ) -> None:
-        super().__init__(problems_per_step=problems_per_step, evals=evals, eval_batch_size=eval_batch_size, seed=seed)
+        super().__init__(
+            problems_per_step=problems_per_step,
+            evals=evals,
+            eval_folder=eval_folder,
+            eval_batch_size=eval_batch_size,
+            seed=seed,
+        )
         if file is not None and (question is not None or answer is not None):
             raise ConfigError("data.file and data.question/data.answer exclude each other: give the problem one way")
         if file is None and not (question or "").strip():
@@ -237,11 +252,18 @@ class SubsetDataModule(ProblemDataModule):
         files: list[str],
         ids: list[str] | None = None,
         problems_per_step: int = 128,
-        evals: dict[str, str] | None = None,
+        evals: dict[str, str | dict[str, Any]] | None = None,
+        eval_folder: str | None = None,
         eval_batch_size: int = 512,
         seed: int = 0,
     ) -> None:
-        super().__init__(problems_per_step=problems_per_step, evals=evals, eval_batch_size=eval_batch_size, seed=seed)
+        super().__init__(
+            problems_per_step=problems_per_step,
+            evals=evals,
+            eval_folder=eval_folder,
+            eval_batch_size=eval_batch_size,
+            seed=seed,
+        )
         if not files:
             raise ConfigError("data.files is empty: name at least one jsonl or parquet file")
         if ids is not None and not ids:
@@ -254,97 +276,24 @@ class SubsetDataModule(ProblemDataModule):
         return problems if self.ids is None else _select(problems, self.ids, ", ".join(self.files))
 
 
-def load_problems(file: str) -> list[Problem]:
-    """Read problems from a ``.jsonl`` or ``.parquet`` file, or a set that ships with the package (``builtin:NAME``).
+class EvalDataModule(ProblemDataModule):
+    """Evaluation sets and nothing to train on, for ``rlvr test`` and ``rlvr validate``."""
 
-    A row needs a question (``question`` or ``problem``, or the paper's ``prompt`` message list) and an answer (``answer``, or
-    the paper's ``reward_model.ground_truth``). Its id is ``id``, else ``extra_info.index``, else the row's number.
+    def __init__(
+        self,
+        *,
+        evals: dict[str, str | dict[str, Any]],
+        eval_folder: str | None = None,
+        eval_batch_size: int = 512,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(evals=evals, eval_folder=eval_folder, eval_batch_size=eval_batch_size, seed=seed)
+        if not evals:
+            raise ConfigError("data.evals is empty: name at least one evaluation set, such as math500: suite:math500")
 
-    Raises:
-        ConfigError: if the file is missing, empty or unreadable, or listing every bad row with what is wrong.
-    """
-    path = _builtin(file) if file.startswith(BUILTIN) else Path(file).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"data file {file!r} does not exist: give the path of a .jsonl or .parquet file")
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
-        raise ConfigError(f"data file {file!r} is neither .jsonl nor .parquet: convert it, one problem per row")
-    problems: list[Problem] = []
-    bad: list[str] = []
-    for number, row in readers[path.suffix](path):
-        try:
-            problems.append(_problem(row, number, f"{file}:{number}"))
-        except ConfigError as error:
-            bad.append(f"{file} row {number}: {error}")
-    if bad:
-        raise ConfigError("\n  ".join([f"{len(bad)} bad row(s); mend or remove them:", *bad]))
-    if not problems:
-        raise ConfigError(f"data file {file!r} is empty: it needs at least one problem")
-    return problems
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (1-based line number, row); a line that does not parse is yielded as its error."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line.decode("utf-8"))
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                yield number, error
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(f"data file {str(path)!r} cannot be read as parquet: {error}") from error
-    yield from enumerate(rows, start=1)
-
-
-def _problem(row: Any, number: int, source: str) -> Problem:
-    if isinstance(row, UnicodeDecodeError):
-        raise ConfigError("not UTF-8 text")
-    if isinstance(row, Exception):
-        raise ConfigError(f"not JSON ({row})")
-    if not isinstance(row, dict):
-        raise ConfigError(f"a row must be an object with question and answer, not {type(row).__name__}")
-    prompt, reward_model, extra = row.get("prompt"), row.get("reward_model"), row.get("extra_info")
-    for key, value in (
-        ("prompt", prompt[-1] if isinstance(prompt, list) and prompt else {}),
-        ("reward_model", reward_model),
-        ("extra_info", extra),
-    ):
-        if value is not None and not isinstance(value, dict):
-            raise ConfigError(f"{key} holds {value!r}, not an object with fields: see the paper's parquet schema")
-    paper_question = prompt[-1].get("content") if isinstance(prompt, list) and prompt else None
-    if isinstance(paper_question, str):  # the paper's training files carry the prompt's suffix in the question
-        paper_question = paper_question.removesuffix(PAPER_SUFFIX)
-    question = row.get("question") or row.get("problem") or paper_question
-    answer = row.get("answer", (reward_model or {}).get("ground_truth"))
-    if not isinstance(question, str) or not question.strip():
-        raise ConfigError("no question (keys read: question, problem, prompt)")
-    if answer is None or not str(answer).strip():
-        raise ConfigError("no answer (keys read: answer, reward_model.ground_truth)")
-    index = (extra or {}).get("index")
-    return Problem(
-        id=str(row.get("id", number if index is None else index)), question=question, answer=str(answer), source=source
-    )
-
-
-def _builtin(file: str) -> Path:
-    folder = Path(str(package_files("rlvr_lightning"))) / "problems"
-    name = file.removeprefix(BUILTIN)
-    path = folder / f"{name}.jsonl"
-    if not path.is_file():
-        raise ConfigError(
-            f"no built-in set {name!r}: choose one of {', '.join(sorted(p.stem for p in folder.glob('*.jsonl')))}"
-        )
-    return path
+    def load_train_problems(self) -> list[Problem]:
+        """Return no problem."""
+        return []
 
 
 def _select(problems: Sequence[Problem], ids: Sequence[str], where: str) -> list[Problem]:

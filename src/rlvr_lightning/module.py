@@ -23,7 +23,7 @@ from rlvr_lightning.advantages import ADVANTAGES
 from rlvr_lightning.batching import RolloutBatch, group_rewards, plan_micro_batches, split_evenly
 from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.losses import Objective
-from rlvr_lightning.metrics import rollout_metrics
+from rlvr_lightning.metrics import evaluation_metrics
 from rlvr_lightning.policy import Policy, PolicyConfig, PolicyWeights
 from rlvr_lightning.records import ProblemBatch
 
@@ -336,7 +336,7 @@ class RLVRModule(LightningModule):
     def _evaluate(self, batch: ProblemBatch) -> None:
         assert batch.rollouts is not None, "no rollouts attached: add RolloutCallback to the trainer"
         if batch.name not in self._evaluators:
-            self._evaluators[batch.name] = rollout_metrics().to(self.device)
+            self._evaluators[batch.name] = evaluation_metrics(batch.group_size, subjects=batch.subjects).to(self.device)
         self._evaluators[batch.name].update(batch.rollouts)
 
     def _log_evaluators(self, stage: str) -> None:

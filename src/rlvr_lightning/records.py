@@ -4,7 +4,7 @@ Legend: ``P`` problems of this rank in one step, ``G`` rollouts per problem (the
 This module imports neither torch nor lightning, so that grading processes and ``rlvr --help`` stay light.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length"]
@@ -26,6 +26,10 @@ class Problem:
     """The ground truth, as LaTeX or plain text, without ``\\boxed``."""
     source: str = ""
     """Where the row came from, for messages and logs: ``file:row`` or a data set's name."""
+    subject: str = ""
+    """What evaluation groups by, such as a field of mathematics; empty if the set has none."""
+    choices: tuple[tuple[str, str], ...] = ()
+    """(label, text) of the answers to choose from, where the answer is a label; empty for an open question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,12 @@ class ProblemBatch:
     """[P]"""
     name: str = "train"
     """``train``, or the evaluation set's name."""
+    group_size: int = 1
+    """G; set with the rollouts."""
+    subjects: tuple[str, ...] = ()
+    """Every subject of the whole evaluation set, whatever this batch holds; empty if the set has none."""
+    known: dict[int, list[Rollout]] = field(default_factory=dict)
+    """slot -> its G rollouts that an interrupted evaluation has left on the disk; they are not sampled again."""
     rollouts: list[Rollout] | None = None
     """[P * G] group-major: the G rollouts of problem 0 first. None until the callback has attached them."""
 

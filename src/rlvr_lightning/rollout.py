@@ -1,15 +1,16 @@
 """Collecting rollouts: prompts in, graded completions out. Knows nothing of algorithms or of Lightning."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlvr_lightning.engines import RolloutEngine, Sampling
 from rlvr_lightning.prompts import PromptTemplate
-from rlvr_lightning.records import ProblemBatch, Rollout
+from rlvr_lightning.records import Completion, Problem, ProblemBatch, Rollout, Score
 from rlvr_lightning.verify import Verifier
 
 STREAMS: Mapping[str, int] = {"train": 0, "eval": 1}
@@ -28,24 +29,47 @@ def seed_for(run_seed: int, *, stream: str, step: int, slot: int, sample: int) -
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+class Scorer(Protocol):
+    """What turns completions into rewards: a :class:`~rlvr_lightning.verify.Verifier`, or a class of one's own."""
+
+    def __call__(self, pairs: Sequence[tuple[Problem, Completion]]) -> list[Score]:
+        """Return one verdict per pair, in order."""
+        ...
+
+    def check(self, problems: Sequence[Problem]) -> None:
+        """Raise ConfigError if a ground truth could never be met."""
+        ...
+
+    def close(self) -> None:
+        """Free every resource. Calling it twice is allowed."""
+        ...
+
+
 @dataclass
 class Collector:
     """Prompts an engine with a batch of problems and grades what it says."""
 
     engine: RolloutEngine
-    verifier: Verifier
+    verifier: Scorer
     tokenizer: PreTrainedTokenizerBase
     run_seed: int
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of the last call, by part: ``generate`` and ``grade``."""
 
-    def collect(self, batch: ProblemBatch, template: PromptTemplate, sampling: Sampling) -> list[Rollout]:
+    def __post_init__(self) -> None:
+        # Evaluation sets name their grader; a verifier of one's own need not know it.
+        self.graders = self.verifier if isinstance(self.verifier, Verifier) else Verifier()
+
+    def collect(
+        self, batch: ProblemBatch, template: PromptTemplate, sampling: Sampling, grader: str | None = None
+    ) -> list[Rollout]:
         """Return P * G rollouts of the batch's problems, group-major.
 
         Args:
             batch: P problems with their step and slots, which decide the seeds.
             template: from problem to prompt.
             sampling: G, temperature and length.
+            grader: a name of ``rlvr_lightning.grading``; None leaves it to the verifier.
         """
         stream = "train" if batch.name == "train" else "eval"
         prompts = [template(problem, self.tokenizer) for problem in batch.problems]
@@ -56,11 +80,16 @@ class Collector:
             ]
             for slot in batch.slots
         ]
+
+        def begin_to_grade(index: int, completion: Completion) -> None:
+            if grader is not None or self.graders is self.verifier:
+                self.graders.anticipate(batch.problems[index], completion, grader)
+
         started = time.perf_counter()
-        groups = self.engine.generate(prompts, sampling, seeds) if prompts else []
+        groups = self.engine.generate(prompts, sampling, seeds, begin_to_grade) if prompts else []
         generated = time.perf_counter()
         pairs = [(p, c) for p, group in zip(batch.problems, groups, strict=True) for c in group]
-        scores = self.verifier(pairs)
+        scores = self.verifier(pairs) if grader is None else self.graders(pairs, grader)
         self.seconds = {"generate": generated - started, "grade": time.perf_counter() - generated}
         version = self.engine.version
         assert version is not None or not pairs  # generate() refuses to run without weights

@@ -59,14 +59,17 @@ class ProgressCallback(Callback):
             print(zero_advantage_sentence(batch, world_size=trainer.world_size), flush=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print every set's accuracy in one line."""
+        """Print every set's accuracy in one line, with its fingerprint where an EvaluationCallback knows it."""
         if not trainer.is_global_zero:  # the sanity check before a fit leaves no metrics, so it prints nothing
             return
-        parts = [
-            f"{key.removeprefix('val/').removesuffix('/accuracy')} {float(value):.2f}"
+        callbacks: list[Any] = getattr(trainer, "callbacks")  # noqa: B009 - set by Lightning at run time
+        ids = {name: f" [{of['id']}]" for c in callbacks for name, of in getattr(c, "fingerprints", {}).items()}
+        accuracies = {
+            key.removeprefix("val/").removesuffix("/accuracy"): float(value)
             for key, value in trainer.callback_metrics.items()
             if key.startswith("val/") and key.endswith("/accuracy")
-        ]
+        }
+        parts = [f"{name} {value:.2f}{ids.get(name, '')}" for name, value in accuracies.items()]
         if parts:
             print("   ".join([f"eval at step {trainer.global_step}", *parts]), flush=True)
 

@@ -1,7 +1,8 @@
 """The only place that talks to an engine: sync when stale, sample, grade, attach."""
 
 import time
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from lightning.pytorch import Callback, Trainer
@@ -9,13 +10,17 @@ from lightning.pytorch import Callback, Trainer
 from rlvr_lightning.data import ProblemDataModule
 from rlvr_lightning.engines import RolloutEngine, Sampling
 from rlvr_lightning.errors import ConfigError
+from rlvr_lightning.evaluation.likelihood import choose
 from rlvr_lightning.metrics import rollout_metrics
 from rlvr_lightning.models import load_config_and_tokenizer
 from rlvr_lightning.module import RLVRModule
 from rlvr_lightning.prompts import PromptTemplate
 from rlvr_lightning.records import ProblemBatch
-from rlvr_lightning.rollout import Collector
-from rlvr_lightning.verify import MathVerifier, Verifier
+from rlvr_lightning.rollout import Collector, Scorer
+from rlvr_lightning.verify import Verifier
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class RolloutCallback(Callback):
@@ -39,7 +44,7 @@ class RolloutCallback(Callback):
         eval_sampling: Sampling = Sampling(rollouts_per_problem=1, temperature=0.0),  # noqa: B008 - frozen
         prompt: PromptTemplate = PromptTemplate(),  # noqa: B008 - frozen
         eval_prompt: PromptTemplate | None = None,
-        verifier: Verifier | None = None,
+        verifier: Scorer | None = None,
         seed: int = 0,
     ) -> None:
         self.engine = engine
@@ -47,11 +52,18 @@ class RolloutCallback(Callback):
         self.eval_sampling = eval_sampling
         self.prompt = prompt
         self.eval_prompt = eval_prompt or prompt
-        self.verifier = verifier or MathVerifier()
+        self.verifier = verifier or Verifier()
         self.seed = seed
         self._window = 0
+        self._checked: set[str] = set()
         self._step_started = 0.0
         self._collector: Collector | None = None
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The policy's tokenizer, once :meth:`setup` has loaded it."""
+        assert self._collector is not None
+        return self._collector.tokenizer
 
     # --- before anything expensive -------------------------------------------------------------------------------------
 
@@ -61,13 +73,15 @@ class RolloutCallback(Callback):
         if not isinstance(datamodule, ProblemDataModule):
             raise ConfigError("RolloutCallback needs a ProblemDataModule: pass datamodule= to the trainer")
         if stage == "fit":
+            if not datamodule.train_problems:
+                raise ConfigError("data holds no training problem: fit with SingleExampleDataModule or SubsetDataModule")
             self.check_training(pl_module, datamodule.problems_per_step // trainer.world_size)
         self.engine.check()
         config, tokenizer = load_config_and_tokenizer(pl_module.policy_config.model_path)
         self._collector = Collector(self.engine, self.verifier, tokenizer, self.seed)
         self._window = self._check_window(datamodule, getattr(config, "max_position_embeddings", None))
         if trainer.is_global_zero:
-            self.verifier.check(datamodule.train_problems)
+            self._check_answers(datamodule)
 
     def check_training(self, module: RLVRModule, groups: int) -> None:
         """Raise ConfigError for sampling that cannot train; ``groups``: of one process in one step."""
@@ -92,13 +106,32 @@ class RolloutCallback(Callback):
                 f"{groups * self.sampling.rollouts_per_problem} rollouts per step: set it to at most that"
             )
 
+    def _check_answers(self, datamodule: ProblemDataModule) -> None:
+        """Compare ground truths with themselves: in training a fault is an error, in evaluation a warning, given once."""
+        if datamodule.train_problems:
+            self.verifier.check(datamodule.train_problems)
+        assert self._collector is not None
+        for name, problems in datamodule.eval_problems.items():
+            eval_set = datamodule.eval_set(name)
+            ours = eval_set.grader is not None or self._collector.graders is self.verifier
+            if name in self._checked or eval_set.likelihood is not None or not ours:
+                continue
+            self._checked.add(name)
+            if faults := self._collector.graders.unverifiable(problems, eval_set.grader):
+                of = f"{len(faults)} of {len(problems)} ground truths can never be met"
+                print("\n".join([f"warning: evaluation set {name}: {of}, so its accuracy is too low", *faults]), flush=True)
+
     def _check_window(self, datamodule: ProblemDataModule, limit: int | None) -> int:
         """Return the longest prompt + completion of the run, in tokens, or raise listing the problems that do not fit."""
-        assert self._collector is not None
-        tokenizer = self._collector.tokenizer
-        jobs = [(p, self.prompt, self.sampling) for p in datamodule.train_problems]
-        jobs += [(p, self.eval_prompt, self.eval_sampling) for s in datamodule.eval_problems.values() for p in s]
-        lengths = [(len(template(p, tokenizer)), sampling.max_tokens, p) for p, template, sampling in jobs]
+        tokenizer = self.tokenizer
+        lengths = [(len(self.prompt(p, tokenizer)), self.sampling.max_tokens, p) for p in datamodule.train_problems]
+        for name, problems in datamodule.eval_problems.items():
+            eval_set = datamodule.eval_set(name)
+            template, most = eval_set.prompt or self.eval_prompt, eval_set.sampling(self.eval_sampling).max_tokens
+            for p in problems:
+                texts = [text for _, text in p.choices] if eval_set.likelihood is not None else None
+                longest = most if texts is None else max(len(tokenizer(f" {text}").input_ids) for text in texts)
+                lengths.append((len(template(p, tokenizer)), longest, p))
         over = [f"{p.source or p.id}: {n} + {most} tokens" for n, most, p in lengths if limit and n + most > limit]
         if over:
             shown = "\n  ".join(over[:5] + ([f"... and {len(over) - 5} more"] if len(over) > 5 else []))
@@ -107,7 +140,7 @@ class RolloutCallback(Callback):
                 "rollout.sampling.max_tokens (or eval_sampling.max_tokens), remove these problems, or choose a model with a "
                 "longer window"
             )
-        return max(n + most for n, most, _ in lengths)
+        return max((n + most for n, most, _ in lengths), default=0)
 
     def on_fit_start(self, trainer: Trainer, pl_module: RLVRModule) -> None:
         """Say in words what this run is."""
@@ -132,14 +165,17 @@ class RolloutCallback(Callback):
 
     # --- the arrows from engine to batch -------------------------------------------------------------------------------
 
-    def _attach(self, module: RLVRModule, batch: ProblemBatch, prompt: PromptTemplate, sampling: Sampling) -> dict[str, float]:
+    def _attach(
+        self, module: RLVRModule, batch: ProblemBatch, prompt: PromptTemplate, sampling: Sampling, grader: str | None = None
+    ) -> dict[str, float]:
         """Fill ``batch.rollouts``; return the seconds of each part."""
         assert self._collector is not None
         started = time.perf_counter()
         if self.engine.version != module.policy_version:
             self.engine.sync(module.weights(), module.policy_version, window=self._window)
         synced = time.perf_counter()
-        batch.rollouts = self._collector.collect(batch, prompt, sampling)
+        batch.rollouts = self._collector.collect(batch, prompt, sampling, grader)
+        batch.group_size = sampling.rollouts_per_problem
         return {"sync": synced - started, **self._collector.seconds}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: RLVRModule, batch: ProblemBatch, batch_idx: int) -> None:
@@ -163,26 +199,51 @@ class RolloutCallback(Callback):
         pl_module.log("time/step_s", time.perf_counter() - self._step_started)
         pl_module.log("memory/rss_gib", psutil.Process().memory_info().rss / 2**30)
 
-    def _evaluate(self, module: RLVRModule, batch: ProblemBatch) -> None:
-        self._attach(module, batch, self.eval_prompt, self.eval_sampling)
+    def _evaluate(self, trainer: Trainer, module: RLVRModule, batch: ProblemBatch) -> None:
+        """Attach what is known, and sample or score the rest as its set declares."""
+        datamodule: ProblemDataModule = getattr(trainer, "datamodule")  # noqa: B009 - set by Lightning at run time
+        eval_set = datamodule.eval_set(batch.name)
+        template, sampling = eval_set.prompt or self.eval_prompt, eval_set.sampling(self.eval_sampling)
+        todo = [i for i, slot in enumerate(batch.slots) if slot not in batch.known]
+        rest = replace(
+            batch, slots=tuple(batch.slots[i] for i in todo), problems=tuple(batch.problems[i] for i in todo), known={}
+        )
+        # Syncing and scoring are collective for a sharded policy: all ranks skip them, or none.
+        if trainer.strategy.reduce_boolean_decision(bool(todo), all=False):
+            if eval_set.likelihood is None:
+                self._attach(module, rest, template, sampling, eval_set.grader)
+            else:
+                with trainer.precision_plugin.forward_context():
+                    rest.rollouts = choose(
+                        rest.problems,
+                        template,
+                        self.tokenizer,
+                        lambda data: module.score(data.to(module.device)),
+                        metric=eval_set.likelihood,
+                        policy_version=module.policy_version,
+                    )
+        new, size = rest.rollouts or [], sampling.rollouts_per_problem
+        groups = batch.known | {slot: new[i * size : (i + 1) * size] for i, slot in enumerate(rest.slots)}
+        batch.rollouts = [rollout for slot in batch.slots for rollout in groups[slot]]
+        batch.group_size = size
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: RLVRModule, batch: ProblemBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Attach evaluation rollouts."""
-        self._evaluate(pl_module, batch)
+        self._evaluate(trainer, pl_module, batch)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: RLVRModule, batch: ProblemBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Attach evaluation rollouts."""
-        self._evaluate(pl_module, batch)
+        self._evaluate(trainer, pl_module, batch)
 
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: RLVRModule, batch: ProblemBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Attach evaluation rollouts."""
-        self._evaluate(pl_module, batch)
+        self._evaluate(trainer, pl_module, batch)
 
     # --- the end -------------------------------------------------------------------------------------------------------
 
@@ -190,6 +251,8 @@ class RolloutCallback(Callback):
         """End the engine and the grading processes. Idempotent."""
         self.engine.close()
         self.verifier.close()
+        if self._collector is not None:
+            self._collector.graders.close()
 
     def teardown(self, trainer: Trainer, pl_module: RLVRModule, stage: str) -> None:
         """Close everything, except after ``validate``: a fit that follows would start the engine a second time."""

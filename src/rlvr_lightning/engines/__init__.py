@@ -4,7 +4,7 @@ An engine holds its own idea of the policy's weights, labelled with the policy v
 through :meth:`RolloutEngine.sync` and completions flow out of :meth:`RolloutEngine.generate`; nothing else crosses.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -76,6 +76,10 @@ class WeightSource(Protocol):
         ...
 
 
+Listener = Callable[[int, Completion], None]
+"""Takes (index of the prompt, completion)."""
+
+
 @runtime_checkable
 class RolloutEngine(Protocol):
     """Samples completions from its own copy of the policy."""
@@ -98,7 +102,11 @@ class RolloutEngine(Protocol):
         ...
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[Sequence[int]],
+        on_completion: Listener | None = None,
     ) -> list[list[Completion]]:
         """Sample ``sampling.rollouts_per_problem`` completions for each prompt.
 
@@ -106,6 +114,8 @@ class RolloutEngine(Protocol):
             prompts: [P] token ids of each prompt.
             sampling: temperature, length and number of completions.
             seeds: [P][G] one seed per completion: the same seed and weights give the same completion.
+            on_completion: called with (index of the prompt, completion) as each one is finished, in any order: it can be
+                graded while others are sampled.
 
         Returns:
             [P][G] completions; log-probs are taken at the sampling temperature (at temperature 1 for greedy decoding).

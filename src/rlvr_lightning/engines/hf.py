@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.generation.logits_process import LogitsProcessorList, TopPLogitsWarper
 
-from rlvr_lightning.engines import RolloutEngine, Sampling, WeightSource, require_weights
+from rlvr_lightning.engines import Listener, RolloutEngine, Sampling, WeightSource, require_weights
 from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.records import Completion
 
@@ -64,15 +64,23 @@ class HFEngine(RolloutEngine):
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[Sequence[int]],
+        on_completion: Listener | None = None,
     ) -> list[list[Completion]]:
         """Sample with one random generator per completion, so that a seed means the same in any batch."""
         require_weights(self)
-        rows = [(prompt, seed) for prompt, row in zip(prompts, seeds, strict=True) for seed in row]
+        rows = [(i, seed) for i, row in enumerate(seeds) for seed in row]
         completions: list[Completion] = []
         for start in range(0, len(rows), self._batch_size):
             batch = rows[start : start + self._batch_size]
-            completions += self._generate([p for p, _ in batch], [s for _, s in batch], sampling)
+            finished = self._generate([prompts[i] for i, _ in batch], [seed for _, seed in batch], sampling)
+            completions += finished
+            if on_completion is not None:
+                for (i, _), completion in zip(batch, finished, strict=True):
+                    on_completion(i, completion)
         group = sampling.rollouts_per_problem
         return [completions[i : i + group] for i in range(0, len(completions), group)]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlvr_lightning.engines import RolloutEngine, Sampling, WeightSource, require_weights
+from rlvr_lightning.engines import Listener, RolloutEngine, Sampling, WeightSource, require_weights
 from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.records import Completion
 
@@ -149,7 +149,11 @@ class VLLMEngine(RolloutEngine):
         return llm
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[Sequence[int]],
+        on_completion: Listener | None = None,
     ) -> list[list[Completion]]:
         """Sample one request per completion, each with its own seed.
 
@@ -166,10 +170,20 @@ class VLLMEngine(RolloutEngine):
             self._llm.generate(distinct, self._params(sampling, None, max_tokens=1), use_tqdm=False)
         requests = [i for i, row in zip(inputs, seeds, strict=True) for _ in row]
         params = [self._params(sampling, seed) for row in seeds for seed in row]
-        outputs = self._llm.generate(requests, params, use_tqdm=False)
-        completions = [self._completion(output.outputs[0]) for output in outputs]
         group = sampling.rollouts_per_problem
-        return [completions[i : i + group] for i in range(0, len(completions), group)]
+        engine = self._llm.llm_engine
+        for i, (request, param) in enumerate(zip(requests, params, strict=True)):
+            engine.add_request(str(i), request, param)
+        completions: dict[int, Completion] = {}
+        while engine.has_unfinished_requests():  # LLM.generate's own loop, except that it tells of each one as it ends
+            outputs: list[Any] = engine.step()
+            for output in outputs:
+                if output.finished:
+                    i = int(output.request_id)
+                    completions[i] = self._completion(output.outputs[0])
+                    if on_completion is not None:
+                        on_completion(i // group, completions[i])
+        return [[completions[i] for i in range(start, start + group)] for start in range(0, len(params), group)]
 
     def _params(self, sampling: Sampling, seed: int | None, max_tokens: int | None = None) -> "SamplingParams":
         return import_vllm().SamplingParams(
@@ -181,6 +195,7 @@ class VLLMEngine(RolloutEngine):
             stop_token_ids=list(self._eos),
             logprobs=0,
             detokenize=False,
+            output_kind=import_vllm().sampling_params.RequestOutputKind.FINAL_ONLY,
         )
 
     def _completion(self, output: Any) -> Completion:

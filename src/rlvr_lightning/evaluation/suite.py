@@ -1,0 +1,287 @@
+"""The evaluation sets: each one declaration that says where its problems come from, how they are asked and how graded."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rlvr_lightning.engines import Sampling
+from rlvr_lightning.errors import ConfigError
+from rlvr_lightning.evaluation.reading import load_problems, training_row
+from rlvr_lightning.evaluation.synthetic import OPERATIONS, generate
+from rlvr_lightning.grading.boxed import last_boxed
+from rlvr_lightning.prompts import PromptTemplate
+from rlvr_lightning.records import Problem
+
+SUITE_PREFIX = "suite:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSet:
+    """One evaluation set. Exactly one of ``file``, ``generator``, ``hub`` says where its problems come from."""
+
+    file: str | None = None
+    """A jsonl or parquet file, or ``builtin:NAME``."""
+    generator: str | None = None
+    """Make the problems from a seed: ``arithmetic:OPERATION:DIGITS``, or ``reasoning_gym:TASK`` (needs reasoning-gym)."""
+    count: int = 200
+    """How many problems to make."""
+    seed: int = 0
+    """Decides which problems are made; independent of the run's seed."""
+    hub: str | None = None
+    """A data set of the Hugging Face hub, ``owner/name``."""
+    hub_file: str = ""
+    """The split's file in the data set, jsonl or parquet."""
+    revision: str = "main"
+    """Commit, tag or branch of the data set."""
+    local: str = ""
+    """Name, without ending, of the file that ``data.eval_folder`` holds in place of the hub's."""
+    question: tuple[str, ...] = ()
+    """Keys of the question; the first one present counts. Empty, as with ``answer``: the keys of training files."""
+    answer: tuple[str, ...] = ()
+    """Keys of the ground truth; the first one present counts, and of a list its first entry. ``KEY|last_box`` takes the last
+    ``\\boxed{}`` of the value, ``KEY|after_hashes`` what follows ``####``."""
+    subject: str = ""
+    """Key of what accuracy is also reported by; empty if there is none."""
+    id: str = "id"
+    """Key of the id; a row without it is known by its number."""
+    prompt: PromptTemplate | None = None
+    """None: the run's ``rollout.eval_prompt``."""
+    rollouts_per_problem: int | None = None
+    """Samples per problem, k of avg@k. None: the run's ``rollout.eval_sampling``, which also gives the number of tokens."""
+    temperature: float | None = None
+    """0 is greedy. None: the run's ``rollout.eval_sampling``."""
+    grader: str | None = None
+    """A name of ``rlvr_lightning.grading``. None: the verifier's."""
+    likelihood: Literal["acc", "acc_norm", "acc_bytes"] | None = None
+    """Sample nothing: choose the answer to which the policy gives the highest log-likelihood (``acc``), divided by its
+    characters (``acc_norm``) or bytes (``acc_bytes``). The rows need ``choices``. Names: EleutherAI/lm-evaluation-harness."""
+
+    def __post_init__(self) -> None:
+        given = [key for key in ("file", "generator", "hub") if getattr(self, key)]
+        if len(given) != 1:
+            raise ConfigError(
+                f"an evaluation set comes from one of file, generator, hub; this one has {' and '.join(given) or 'none'}: "
+                "give one, or base: suite:NAME"
+            )
+        if self.count < 1:
+            raise ConfigError(f"count is {self.count}: set it to 1 or more")
+        self.sampling(Sampling())  # refuses numbers that nothing can be sampled with
+
+    def sampling(self, run: Sampling) -> Sampling:
+        """Return how this set is sampled in a run whose ``eval_sampling`` is ``run``."""
+        own = {"rollouts_per_problem": self.rollouts_per_problem, "temperature": self.temperature}
+        if self.likelihood is not None:
+            own = {"rollouts_per_problem": 1, "temperature": 0.0}
+        return replace(run, **{key: value for key, value in own.items() if value is not None})
+
+    def load(self, folder: str | None) -> list[Problem]:
+        """Return the problems: copies of one are one (the paper's files repeat theirs), and ids are unique.
+
+        Args:
+            folder: what to read in place of the hub; None downloads.
+
+        Raises:
+            ConfigError: if they cannot be had, or listing every bad row.
+        """
+        if self.generator is not None:
+            return generate(self.generator, self.count, self.seed)
+        different: dict[object, Problem] = {}
+        for problem in load_problems(self._path(folder), self.parse):
+            different.setdefault((problem.question, problem.answer, problem.choices), problem)
+        problems, seen = [], Counter[str]()
+        for problem in different.values():
+            seen[problem.id] += 1
+            number = seen[problem.id]
+            problems.append(problem if number == 1 else replace(problem, id=f"{problem.id}#{number}"))
+        return problems
+
+    def _path(self, folder: str | None) -> str:
+        if self.file is not None:
+            return self.file
+        if folder is not None:
+            for path in (Path(folder).expanduser() / f"{self.local}{ending}" for ending in (".jsonl", ".parquet")):
+                if path.is_file():
+                    return str(path)
+            raise ConfigError(
+                f"data.eval_folder {folder!r} holds no {self.local}.jsonl: put it there, or leave data.eval_folder out to take "
+                f"{self.hub} from the hub"
+            )
+        from huggingface_hub import hf_hub_download
+
+        assert self.hub is not None
+        try:
+            return hf_hub_download(self.hub, self.hub_file, repo_type="dataset", revision=self.revision)
+        except (OSError, ValueError) as error:  # every failure of the hub's client is one of them
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"{self.hub_file} of the data set {self.hub} cannot be had from the hub ({reason}): set data.eval_folder to a "
+                f"folder that holds {self.local}.jsonl, or go online"
+            ) from error
+
+    def parse(self, row: dict[str, Any], number: int, source: str) -> Problem:
+        """Return the problem of a row; see :data:`~rlvr_lightning.evaluation.reading.RowParser`."""
+        if not self.question and not self.answer and self.id == "id":
+            problem = training_row(row, number, source)
+        else:
+            questions, answers = self.question or ("question", "problem"), self.answer or ("answer",)
+            question = next((row[key] for key in questions if row.get(key)), None)
+            if not isinstance(question, str) or not question.strip():
+                raise ConfigError(f"no question (keys read: {', '.join(questions)})")
+            answer = next((a for key in answers if (a := _answer(row, key)) is not None), "")
+            if not answer:
+                raise ConfigError(f"no answer (keys read: {', '.join(answers)})")
+            problem = Problem(id=str(row.get(self.id, number)), question=question, answer=answer, source=source)
+        choices = _choices(row, problem.answer) if self.likelihood is not None else ()
+        subject = row.get(self.subject) if self.subject else None
+        return replace(problem, subject="" if subject is None else str(subject), choices=choices)
+
+
+def _answer(row: Mapping[str, Any], key: str) -> str | None:
+    """Return the ground truth under ``key``, or None if the row has no such key."""
+    name, _, form = key.partition("|")
+    value = row.get(name)
+    if isinstance(value, list):
+        value = value[0] if value else None
+    if value is None:
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # AMC's file writes its integers as 27.0
+    text = str(value).strip()
+    return FORMS[form](text) if form else text
+
+
+FORMS: Mapping[str, Callable[[str], str]] = {
+    "last_box": lambda text: last_boxed(text) or "",
+    "after_hashes": lambda text: text.rpartition("####")[2].strip() if "####" in text else "",
+}
+"""How a ground truth is read from a worked solution; an empty string means that there is none."""
+
+
+def _choices(row: Mapping[str, Any], answer: str) -> tuple[tuple[str, str], ...]:
+    """Return (label, text) of every choice: of ``{"label": [...], "text": [...]}``, or of a list, labelled A, B, ..."""
+    choices = row.get("choices")
+    if isinstance(choices, list):
+        choices = {"label": [chr(ord("A") + i) for i in range(len(choices))], "text": choices}
+    if not isinstance(choices, dict) or len(choices.get("label", ())) != len(choices.get("text", "-")):
+        raise ConfigError("no choices: give a list of texts, or an object with equally long lists label and text")
+    pairs = tuple((str(label), str(text)) for label, text in zip(choices["label"], choices["text"], strict=True))
+    if answer not in dict(pairs):
+        raise ConfigError(f"the answer {answer!r} is none of the labels {', '.join(label for label, _ in pairs)}")
+    if not all(text.strip() for _, text in pairs):
+        raise ConfigError("a choice is empty")
+    return pairs
+
+
+def _math(local: str, hub: str, hub_file: str, revision: str = "main", **fields: Any) -> EvalSet:
+    """Declare a set of mathematics, greedy unless ``fields`` say otherwise."""
+    defaults = {"question": ("problem", "question"), "rollouts_per_problem": 1, "temperature": 0.0, "grader": "math"}
+    return EvalSet(local=local, hub=hub, hub_file=hub_file, revision=revision, **(defaults | fields))
+
+
+def _arc(local: str, config: str) -> EvalSet:
+    """Declare a half of ARC, asked as lm-evaluation-harness asks it (lm_eval/tasks/arc/arc_easy.yaml).
+
+    The paper names neither harness nor metric; ``acc_norm`` is the other usual one.
+    """
+    return EvalSet(
+        local=local,
+        hub="allenai/ai2_arc",
+        hub_file=f"{config}/test-00000-of-00001.parquet",
+        revision="210d026faf9955653af8916fad021475a3f00453",
+        question=("question",),
+        answer=("answerKey",),
+        prompt=PromptTemplate(chat=False, plain="Question: {question}\nAnswer:"),
+        likelihood="acc",
+    )
+
+
+_AVG_AT_8: dict[str, Any] = {"rollouts_per_problem": 8, "temperature": 0.6}
+
+SUITE: Mapping[str, EvalSet] = {
+    "math500": _math(
+        "math500", "HuggingFaceH4/MATH-500", "test.jsonl", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
+        id="unique_id", subject="subject",
+    ),
+    "aime24": _math(
+        "aime24", "HuggingFaceH4/aime_2024", "data/train-00000-of-00001.parquet", "2fe88a2f1091d5048c0f36abc874fb997b3dd99a",
+        **_AVG_AT_8,
+    ),
+    "aime25": _math(
+        "aime25", "math-ai/aime25", "test.jsonl", "563bb8404243c5f09de6ec262f2db674fe5bce9b", **_AVG_AT_8
+    ),
+    "amc23": _math(
+        "amc23", "math-ai/amc23", "test-00000-of-00001.parquet", "80815d37005feb82cd7f8fbc6901d5d3eff43057", **_AVG_AT_8
+    ),
+    "minerva_math": _math(
+        "minerva_math", "math-ai/minervamath", "test.jsonl", answer=("solution|last_box", "answer"), id="idx", subject="type"
+    ),
+    "olympiadbench": _math(
+        "olympiadbench", "Hothan/OlympiadBench", "OlympiadBench/OE_TO_maths_en_COMP/OE_TO_maths_en_COMP.parquet",
+        "91184b52131e7fc9455fef848035173aea8cc01a", question=("question",), answer=("final_answer",), subject="subfield",
+    ),
+    "gsm8k": _math(
+        "gsm8k", "openai/gsm8k", "main/test-00000-of-00001.parquet", "740312add88f781978c0658806c59bc2815b9866",
+        question=("question",), answer=("answer|after_hashes",), id="idx",
+    ),
+    "arc_easy": _arc("arc_easy", "ARC-Easy"),
+    "arc_challenge": _arc("arc_challenge", "ARC-Challenge"),
+}  # fmt: skip
+"""The declared sets. The paper's six (arXiv 2504.20571, appendix): greedy on three, eight samples at T = 0.6 on three."""
+
+_ARITHMETIC = re.compile(rf"({'|'.join(OPERATIONS)})_([1-9])digit")
+
+
+def suite_set(name: str) -> EvalSet:
+    """Return a declared set, ``addition_3digit`` and the like, or ``reasoning_gym:TASK``.
+
+    Raises:
+        ConfigError: if there is no such set.
+    """
+    if name in SUITE:
+        return SUITE[name]
+    if match := _ARITHMETIC.fullmatch(name):
+        return EvalSet(generator=f"arithmetic:{match[1]}:{match[2]}", grader="math")
+    if name.startswith("reasoning_gym:"):
+        return EvalSet(generator=name)
+    raise ConfigError(
+        f"no evaluation set {name!r}: use suite: with {', '.join(SUITE)}, OPERATION_Ndigit (such as addition_3digit), or "
+        "reasoning_gym:TASK"
+    )
+
+
+def declared(name: str, value: str | Mapping[str, Any]) -> EvalSet:
+    """Return the set that ``data.evals.NAME`` declares.
+
+    Args:
+        name: its name in the run, for messages.
+        value: a file, ``builtin:NAME``, ``suite:NAME``, or fields of :class:`EvalSet`, which may change those of a ``base``
+            that is written in one of the first three ways.
+
+    Raises:
+        ConfigError: naming the set and what is wrong with it.
+    """
+    if isinstance(value, str):
+        if not value.startswith(SUITE_PREFIX):
+            return EvalSet(file=value)
+        try:
+            return suite_set(value.removeprefix(SUITE_PREFIX))
+        except ConfigError as error:
+            raise ConfigError(f"data.evals.{name}: {error}") from error
+    from jsonargparse import ArgumentParser
+
+    fields = dict(value)
+    base = fields.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise ConfigError(f"data.evals.{name}.base is {base!r}: write a file, builtin:NAME or suite:NAME")
+    parser = ArgumentParser(exit_on_error=False)
+    start: dict[str, Any] = {} if base is None else {"default": declared(name, base)}
+    parser.add_argument("--set", type=EvalSet, **start)
+    try:
+        return parser.instantiate(parser.parse_object({"set": fields})).set
+    except ConfigError as error:
+        raise ConfigError(f"data.evals.{name}: {error}") from error
+    except Exception as error:  # jsonargparse raises several kinds, each with a sentence about the field
+        raise ConfigError(f"data.evals.{name} is no evaluation set: {' '.join(str(error).split())}") from error
