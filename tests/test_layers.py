@@ -12,8 +12,9 @@ SOURCE = Path(rlvr_lightning.__file__).parent
 LAYERS = [
     "errors records",
     "grading.verdict grading.boxed",
-    "grading.math.tokens grading.math.normalize grading.math.expression grading.math.value grading.math.units "
-    "grading.math.answers grading.math.relations grading.math.quantities grading.math.words grading.math.reader "
+    "grading.math.tree grading.math.tokens grading.math.normalize grading.math.expression grading.math.rational "
+    "grading.math.value grading.math.units grading.math.answers grading.math.relations "
+    "grading.math.quantities grading.math.words grading.math.reader "
     "grading.math.fallback grading.math grading.exact grading.choice grading.format "
     "grading.paper_text grading.paper_normal grading.paper_expr grading.paper_train grading.paper_eval "
     "grading.paper_eval_keep_units",

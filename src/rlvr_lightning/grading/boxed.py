@@ -2,10 +2,11 @@ r"""Where the answer stands in a response: one linear scan for the last closed `
 
 import re
 
+_MAX_NESTED = 8
 _BOXED = re.compile(r"\\boxed\s*")
 _TOKEN = re.compile(
     r"(?P<open>\\boxed\s*\{)"
-    r"|\\boxed\s*(?P<bare>[-+\u2212]?\.?\d[^\s{}$\\]*|(?<=\s)[A-Z]\b)"  # \boxed 5; not prose such as "\boxed and"
+    r"|\\boxed\s*(?P<bare>[-+\u2212]?\.?\d(?:[^\s{}$\\]|\\circ)*|(?<=\s)[A-Z]\b)"  # \boxed 5; not prose such as "\boxed and"
     r"|\\.|(?P<brace>[{}])",  # an escaped brace, or a backslash before a brace's own, is no brace
     re.DOTALL,
 )
@@ -14,11 +15,11 @@ _TOKEN = re.compile(
 def last_boxed(text: str) -> str | None:
     r"""Return the content of the last closed ``\boxed{...}``, or None if there is none or it is empty.
 
-    With ``</think>`` in the text only what follows the last one counts. A box around one other box means the inner one;
-    a box around several means their list. Time is linear in the length of the text.
+    With ``</think>`` in the text only what follows the last one counts. Boxes inside the last one
+    are read as what is in them. Time is linear in the length of the text.
 
     >>> last_boxed(r"so \boxed{12.8}, that is \boxed{\boxed{\frac{64}{5}} mph}")
-    '\\frac{64}{5}'
+    '{\\frac{64}{5}} mph'
     """
     text = text.rpartition("</think>")[2]
     braces: list[tuple[int, int] | None] = []  # open braces; for a box (start, number of boxes closed before it)
@@ -34,10 +35,24 @@ def last_boxed(text: str) -> str | None:
             boxes.append((box[0], token.start(), box[1]))
     if not boxes:
         return None
-    index = len(boxes) - 1
-    while (first := boxes[index][2]) < index and boxes[index - 1][2] == first:  # exactly one box directly inside
-        index -= 1
-    start, end, first = boxes[index]
-    content = text[start:end] if first == index else _BOXED.sub("", text[start:end])
+    start, end, first = boxes[-1]
+    content = text[start:end]
+    if first < len(boxes) - 1:  # boxes inside
+        content = _BOXED.sub("", content).strip()
+        for _ in range(_MAX_NESTED):
+            if content[:1] != "{" or _closes(content) != len(content) - 1:
+                break
+            content = content[1:-1].strip()  # a box in a box, and nothing else
+        content = content if content.strip("{} \n") else ""
     bare = text[start - 1] != "{"
     return (content.rstrip(".,;:!?") if bare else content).strip() or None
+
+
+def _closes(text: str) -> int:
+    """Return the index of the brace that closes the first one."""
+    depth = 0
+    for token in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        depth += (token[0] == "{") - (token[0] == "}")
+        if depth == 0:
+            return token.start()
+    return -1

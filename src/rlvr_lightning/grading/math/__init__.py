@@ -16,9 +16,10 @@ import re
 
 from rlvr_lightning.grading.boxed import last_boxed
 from rlvr_lightning.grading.math import fallback
-from rlvr_lightning.grading.math.answers import Bag, Choice, same
+from rlvr_lightning.grading.math.answers import Bag, Choice, Named, same
 from rlvr_lightning.grading.math.normalize import canonical, normalize
 from rlvr_lightning.grading.math.reader import read
+from rlvr_lightning.grading.math.tokens import is_balanced
 from rlvr_lightning.grading.verdict import Verdict
 
 _ALTERNATIVES = re.compile(r"\s*(?:\\(?:text|textrm|mathrm|mbox)\s*\{\s*OR\s*\}|\bOR\b)\s*")
@@ -57,13 +58,14 @@ def _alternatives(text: str) -> list[str]:
 
 def _compare(gold: str, candidate: str) -> Verdict:
     expected, found = read(gold), read(candidate)
+    if canonical(gold) == canonical(candidate) and (expected or is_balanced(gold)):
+        return "correct"
     if not expected or not found:
         verdict = fallback.compare(gold, candidate)
-        return verdict or ("unparsable" if expected else "error")
-    if canonical(gold) == canonical(candidate):
-        return "correct"
-    if not any(isinstance(r, Choice) for r in expected):  # only where a letter is asked for is "C. 12 cm" the letter C
-        found = tuple(r for r in found if not isinstance(r, Choice))
+        return verdict or ("unparsable" if expected else "wrong" if is_balanced(gold) else "error")
+    # Only where a letter is asked for is "C. 12 cm" the letter C, and then "D = C" is not.
+    foreign = Named if any(isinstance(r, Choice) for r in expected) else Choice
+    found = tuple(r for r in found if not isinstance(r, foreign))
     return "correct" if same(expected, found) else "wrong" if found else "unparsable"
 
 

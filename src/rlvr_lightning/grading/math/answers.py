@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from rlvr_lightning.grading.math.expression import Expr, minus, num
+from rlvr_lightning.grading.math.tree import Expr, minus, num, substitute
 from rlvr_lightning.grading.math.units import COUNTS, Unit
 from rlvr_lightning.grading.math.value import constant, equal, proportional
 
+_ZERO = num(0)
 NO_UNIT: Unit = frozenset()
 
 
@@ -65,6 +66,8 @@ class Ratio:
         if len(self.terms) != len(other.terms):
             return False
         pairs = list(zip(self.terms, other.terms, strict=True))
+        if any(equal(t, _ZERO) for t in (*self.terms, *other.terms)):  # cross products with 0 say nothing
+            return all(equal(a, b) for a, b in pairs)
         return all(equal(Expr("mul", (a, d)), Expr("mul", (b, c))) for (a, b), (c, d) in pairwise(pairs))
 
 
@@ -226,7 +229,7 @@ def meets(gold: Answer, candidate: Answer) -> bool:
         named, bare = (gold, candidate) if isinstance(gold, Named) else (candidate, gold)
         assert isinstance(named, Named)
         assert not isinstance(bare, Named)
-        if isinstance(bare, Equation | Inequality):
+        if isinstance(bare, Equation | Inequality) or not _in_order(named.name):
             return False
         values = named.value
         return same(values, (bare,)) if named is gold else same((bare,), values)
@@ -242,6 +245,12 @@ def meets(gold: Answer, candidate: Answer) -> bool:
         return _ratio_as_fraction(gold, candidate)
     other: Any = candidate
     return gold.meets(other)
+
+
+def _in_order(name: str) -> bool:
+    """Return whether a name is no tuple, or one whose order a bare tuple would have."""
+    parts = name.strip("()").split(",")
+    return not name.startswith("(") or parts == sorted(parts)
 
 
 def _assigned(bag: Bag, point: Tuple) -> bool:
@@ -336,7 +345,7 @@ def solve_linear(expr: Expr, name: str) -> tuple[Expr, bool] | None:
     """Return (root, whether the slope is positive) of an expression that is linear in its one symbol, else None."""
 
     def at(value: int) -> Expr:
-        return _substitute(expr, name, num(value))
+        return substitute(expr, {name: num(value)})
 
     offset, slope = at(0), minus(at(1), at(0))
     line = Expr("add", (offset, Expr("mul", (slope, Expr("sym", (name,))))))
@@ -344,12 +353,6 @@ def solve_linear(expr: Expr, name: str) -> tuple[Expr, bool] | None:
     if steep is None or abs(steep) < 1e-40 or steep.imag != 0 or not equal(line, expr):
         return None
     return Expr("neg", (Expr("div", (offset, slope)),)), bool(steep.real > 0)
-
-
-def _substitute(expr: Expr, name: str, value: Expr) -> Expr:
-    if expr.op == "sym":
-        return value if expr.args[0] == name else expr
-    return Expr(expr.op, tuple(_substitute(a, name, value) if isinstance(a, Expr) else a for a in expr.args))
 
 
 def _key(end: Expr) -> Any:

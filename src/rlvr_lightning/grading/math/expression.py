@@ -3,14 +3,13 @@ r"""A small grammar of school and contest mathematics: tokens in, an immutable t
 Precedence, loosest first: sums; products, quotients and juxtaposition (left to right); sign; power; factorial.
 """
 
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 from rlvr_lightning.grading.math.tokens import FUNCTIONS, Token, Unparsable
+from rlvr_lightning.grading.math.tree import Expr, num, uses
 
 _MAX_DEPTH = 40
-_ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "lg": "log"}
+_ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
 _GREEK = frozenset(
     (
         "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi "
@@ -19,27 +18,6 @@ _GREEK = frozenset(
 )
 _TIMES = ("cdot", "times", "*")
 _CLOSERS = {"(": ")", "[": "]", "{": "}", "lbrace": "rbrace"}
-
-
-@dataclass(frozen=True, slots=True)
-class Expr:
-    """A node: an operation and what it is applied to.
-
-    ``num`` holds a Fraction, ``sym`` a name; ``pi``, ``e``, ``i`` and ``inf`` hold nothing; all others hold expressions.
-    """
-
-    op: str
-    args: tuple[Any, ...] = ()
-
-
-def num(value: int | Fraction) -> Expr:
-    """Return a number."""
-    return Expr("num", (Fraction(value),))
-
-
-def minus(a: Expr, b: Expr) -> Expr:
-    """Return ``a - b``."""
-    return Expr("add", (a, Expr("neg", (b,))))
 
 
 def parse(tokens: tuple[Token, ...]) -> Expr:
@@ -53,26 +31,6 @@ def parse(tokens: tuple[Token, ...]) -> Expr:
     if parser.peek() is not None:
         raise Unparsable(f"unexpected {parser.peek()}")
     return tree
-
-
-def symbols(expr: Expr) -> frozenset[str]:
-    """Return the names of the free symbols."""
-    if expr.op == "sym":
-        return frozenset(expr.args)
-    return frozenset().union(*(symbols(a) for a in expr.args if isinstance(a, Expr)))
-
-
-def uses(expr: Expr, *ops: str) -> bool:
-    """Return whether any of the operations occurs."""
-    return expr.op in ops or any(uses(a, *ops) for a in expr.args if isinstance(a, Expr))
-
-
-def with_sign(expr: Expr, sign: int) -> Expr:
-    r"""Return the tree with every ``\pm`` read as ``sign`` and every ``\mp`` as its opposite."""
-    if expr.op in ("pm", "mp"):
-        inner = with_sign(expr.args[0], sign)
-        return inner if (sign > 0) == (expr.op == "pm") else Expr("neg", (inner,))
-    return Expr(expr.op, tuple(with_sign(a, sign) if isinstance(a, Expr) else a for a in expr.args))
 
 
 class _Parser:
@@ -370,27 +328,31 @@ class _Parser:
             elif self.sees("^"):
                 self.take("^")
                 exponent = self.exponent()
-        inner = self.function_argument()
+        inner = self.function_argument(angle=name not in ("ln", "log", "lg", "exp"))
         if exponent == Expr("neg", (num(1),)) and not name.startswith("arc"):
             name, exponent = "arc" + name, None
+        if name == "lg":
+            name, base = "log", num(10)
         result = Expr("div", (Expr("ln", (inner,)), Expr("ln", (base,)))) if base is not None else Expr(name, (inner,))
+        if exponent is None and self.sees("^"):  # f(x)^2 is the square of the value
+            self.take("^")
+            exponent = self.exponent()
         return result if exponent is None else Expr("pow", (result, exponent))
 
-    def function_argument(self) -> Expr:
-        r"""Read what follows a function: a bracketed argument alone, else factors up to the next sign or function."""
+    def function_argument(self, *, angle: bool) -> Expr:
+        r"""Read what follows a function: a bracketed argument alone, else factors up to the next sign or function.
+
+        A quotient ends the argument, except that of an angle: ``\sin \pi/6``.
+        """
         if self.sees("(", "{", "[", "|"):
-            inner = self.postfix()
-            if self.sees("^"):
-                self.take("^")
-                inner = Expr("pow", (inner, self.exponent()))
-            return inner
+            return self.postfix()
         result = self.power() if not self.sees("-") else self.signed_power()
-        while (token := self.peek()) is not None and (self.starts_factor(token) or token.is_("/")):
-            if token.text in FUNCTIONS - {"sqrt"} or token.is_("(", "["):
-                break
-            if token.is_("/"):
+        while (token := self.peek()) is not None:
+            if token.is_("/") and angle and uses(result, "pi"):
                 self.take()
                 result = Expr("div", (result, self.power()))
-            else:
+            elif self.starts_factor(token) and token.text not in FUNCTIONS - {"sqrt"} and not token.is_("(", "["):
                 result = Expr("mul", (result, self.power()))
+            else:
+                break
         return result

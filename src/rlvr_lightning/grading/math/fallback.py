@@ -5,8 +5,9 @@ from typing import Any
 
 from rlvr_lightning.grading.verdict import Verdict
 
-_READABLE = re.compile(r"\\(?:sum|prod|int|lim|operatorname|pmod|bmod|equiv|gcd|lcm|max|min)(?![A-Za-z])")
-_WORDS = re.compile(r"\\(?:text|mathrm|mbox)|[A-Za-z]{4,}(?<!frac)(?<!sqrt)|%|_|=|<|>|,")
+_READABLE = re.compile(r"\\(?:sum|prod|int(?=\s*_)|lim|operatorname|pmod|bmod|equiv|gcd|lcm|max|min)(?![A-Za-z])")
+_WORDS = re.compile(r"\\(?:text|mathrm|mbox)|[A-Za-z]{4,}(?<!frac)(?<!sqrt)|%|=|<|>|,")
+_LIMITS = re.compile(r"[_^]\s*(?:\{[^{}]*\}|\w|\\infty)")
 _DIGITS = 50
 
 
@@ -14,7 +15,7 @@ def compare(gold: str, candidate: str) -> Verdict | None:
     """Return math-verify's verdict on two normalized texts, or None where it is not to be trusted."""
     if not _READABLE.search(gold) and not _READABLE.search(candidate):
         return None
-    if any(_WORDS.search(_READABLE.sub("", text)) for text in (gold, candidate)):
+    if any(_WORDS.search(_LIMITS.sub("", _READABLE.sub("", text))) for text in (gold, candidate)):
         return None
     from math_verify import verify
 

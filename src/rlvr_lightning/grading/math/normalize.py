@@ -24,6 +24,7 @@ _SIGNS = {
     **dict.fromkeys("×✕✖⨯", r"\times "),
     **dict.fromkeys("·⋅∙•∗", r"\cdot "),
     **dict.fromkeys("÷", "/"),
+    **dict.fromkeys("ÅÅ", r" \text{angstrom}"),
     **dict.fromkeys("\u2044\u2215", "/"),
     **dict.fromkeys("≤⩽≦", r"\le "),
     **dict.fromkeys("≥⩾≧", r"\ge "),
@@ -44,13 +45,34 @@ _RAISED = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
 _LOWERED = re.compile(f"[{''.join(_SUBSCRIPTS)}]+")
 _LAYOUT = re.compile(
     r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|rm|bf|it|tt|sf|hfill|break|newline"
-    r"|mathstrut|strut|tiny|small|normalsize|large|Large|LARGE|huge|Huge|nonumber|notag|boldsymbol|bm|mathopen|mathclose|ensuremath|displaylimits)(?![A-Za-z])\s*(?:\.(?=\s|$))?"
+    r"|mathstrut|strut|tiny|small|normalsize|large|Large|LARGE|huge|Huge|nonumber|notag|boldsymbol|bm|mathopen|mathclose|ensuremath|displaylimits)(?![A-Za-z])\s*(?:\.(?!\d))?"
 )
 _SPACES = re.compile(
     r"\\(?:[,;: >/]|quad(?![A-Za-z])|qquad(?![A-Za-z])|thinspace|enspace|hspace\*?\{[^{}]*\}|[hv]?phantom\{[^{}]*\})|~"
 )
 _RENAMED = (
-    (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
+    (re.compile(r"\\(?:[dtc]|nice|s|x)frac(?![A-Za-z])"), r"\\frac"),
+    (
+        re.compile(
+            r"\\(?:vspace|hskip|vskip|tag|label|phantom)\*?\s*\{[^{}]*\}|\\(?:checkmark|qed|blacksquare|square|Box)(?![A-Za-z])"
+        ),
+        " ",
+    ),
+    (re.compile(r"\\colorbox\s*\{[^{}]*\}"), " "),
+    (re.compile(r"\\fbox(?![A-Za-z])"), " "),
+    (re.compile(r"\\mathring\s*\{\s*A\s*\}|\\AA(?![A-Za-z])"), r" \\text{angstrom}"),
+    (re.compile(r"(?<=[\d}])\s*\\mu\s*\\?(?:text|mathrm)?\s*\{?\s*m\}?(?![A-Za-z])"), r" \\text{micrometer}"),
+    (re.compile(r"(?<=\d)\s*\\Omega(?![A-Za-z])"), r" \\text{ohm}"),
+    (re.compile(r"(?<=\d)\^\s*\{?\s*\\?(?:text|mathrm)?\s*\{?\s*(?:o|\\circ)\}?\s*\}?(?![A-Za-z])"), r"^{\\circ}"),
+    (re.compile(r"(?<=\d)\^\s*\{?\s*\\(?:text|mathrm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?|(?<=\d)(?:st|nd|rd|th)\b"), r" "),
+    (
+        re.compile(
+            r"\\begin\s*\{(?:aligned|align\*?|gathered|split|equation\*?)\}|\\end\s*\{(?:aligned|align\*?|gathered|split|equation\*?)\}"
+        ),
+        " ",
+    ),
+    (re.compile(r"&\s*="), "="),
+    (re.compile(r"\{\}\s*\^"), "^"),
     (re.compile(r"\\[dt]binom(?![A-Za-z])"), r"\\binom"),
     (re.compile(r"\\(?:leq|leqslant|leqq)(?![A-Za-z])"), r"\\le"),
     (re.compile(r"\\(?:geq|geqslant|geqq)(?![A-Za-z])"), r"\\ge"),
@@ -83,12 +105,13 @@ _RENAMED = (
 )
 _DELIMITERS = re.compile(r"(?<!\\)\$|(?<!\\)\\[()\[\]]")
 _GROUPING = re.compile(r"(?<=\d)\s*(?:\{,\}|,\\!|\\!,|\{,\}\\!)\s*(?=\d{3})")
-_THIN = re.compile(r"(?<=\d)(?:\\,|\\ |~|\\;|\\:)(?=\d{3}(?!\d))")
+_THIN = re.compile(r"(?<![_^]\d)(?<=\d)(?:\\,|\\ |~|\\;|\\:)(?=\d{3}(?!\d))")
 _TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))")
 _ROW = re.compile(r"\\\\(?:\[[^\[\]]*\])?")
 _ESCAPED_TWICE = re.compile(r"\\\\(?=[A-Za-z{}])")
 _PRIMES = re.compile(r"\^\s*(?:\{\s*((?:\\prime\s*)+)\}|(\\prime)(?![A-Za-z]))")
 _PLAIN_ROOT = re.compile(r"(?:√|(?<![\\A-Za-z])sqrt)\s*(\d+(?:\.\d+)?)")
+_QUOTES = re.compile(r"(\*\*|[\"`])(.*)\1", re.DOTALL)
 _SINGLE = re.compile(r"\{([.:=<>])\}")
 _CODE = re.compile(r"(?<![\w.])(?:np|numpy|math|sympy|sp)\.(?=[a-z])")
 _UNSPACED = re.compile(r"(?<![\w.,])\s+|\s+(?![\w.,\\])")
@@ -108,19 +131,19 @@ def normalize(text: str) -> str:
     text = _PLAIN_ROOT.sub(r"\\sqrt{\1}", text)
     text = unicodedata.normalize("NFKC", text.translate(_TABLE)).translate(_TABLE)
     text = "".join(c if c.isprintable() else " " for c in text)
+    text = _QUOTES.sub(r"\2", text.strip())
     text = _CODE.sub("", _SINGLE.sub(r"\1", text))
     text = _GROUPING.sub(",", _THIN.sub(",", text)).replace("\\!", "")
     text = _LAYOUT.sub(" ", text)
     text = _SPACES.sub(" ", text)
     text = _PRIMES.sub(lambda m: "'" * m[0].count("prime"), text)
     for pattern, name in _RENAMED:
-        if "\\" not in text and "*" not in text and ":" not in text:
-            break
         text = pattern.sub(name, text)
     text = _DELIMITERS.sub(" ", text)
     text = text.replace("**", "^")
     text = _TIMES_TEN.sub(r"\\times ", text)
-    return " ".join(text.split()).rstrip(".,;: ").strip()
+    text = " ".join(text.split()).rstrip(",;: ").strip()
+    return text[:-1].rstrip(",;: ") if text.endswith(".") and not text.endswith("..") else text
 
 
 def canonical(normalized: str) -> str:

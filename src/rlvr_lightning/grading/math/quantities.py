@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from rlvr_lightning.grading.math.answers import NO_UNIT, Bag, Ratio, Value
-from rlvr_lightning.grading.math.expression import Expr, num, parse, uses, with_sign
-from rlvr_lightning.grading.math.tokens import Token, Tokens, Unparsable, matching, says, split
-from rlvr_lightning.grading.math.units import DEGREE, Unit, known, read_unit
+from rlvr_lightning.grading.math.expression import parse
+from rlvr_lightning.grading.math.tokens import FUNCTIONS, Token, Tokens, Unparsable, matching, says, split
+from rlvr_lightning.grading.math.tree import Expr, num, sign_choices, symbols, uses
+from rlvr_lightning.grading.math.units import DEGREE, RADIAN, SHORT, Unit, known, read_unit
 
 
 def ratio(tokens: Tokens) -> Iterator[Ratio]:
@@ -29,14 +30,37 @@ def value(tokens: Tokens) -> Iterator[Value | Bag]:
             expr = parse(head)
         except Unparsable:
             continue
-        if expr.op == "deg" and not unit:
+        if expr.op == "deg" and not unit and not uses(expr, "pi"):
             expr, unit = expr.args[0], DEGREE
+        elif unit == RADIAN and uses(expr, "pi"):
+            unit = NO_UNIT
+        elif unit and not _takes_unit(expr, unit, tokens[len(head) :]):
+            continue
         if scale:
             expr = Expr("mul", (expr, num(Fraction(10) ** scale)))
         if uses(expr, "pm", "mp"):
-            yield Bag(tuple((Value(with_sign(expr, sign), unit),) for sign in (1, -1)))
+            yield Bag(tuple((Value(choice, unit),) for choice in sign_choices(expr)))
         else:
             yield Value(expr, unit)
+
+
+def _takes_unit(expr: Expr, unit: Unit, tail: Tokens) -> bool:
+    r"""Return whether letters behind an expression are a unit: a bare ``h`` is a factor, unless it follows a numeral."""
+    if ("degree", 1) in unit and (uses(expr, "pi", *FUNCTIONS)):
+        return False
+    bare = [t.text for t in tail if t.kind in ("sym", "word") and len(t.text) < 3]
+    if ("degree", 1) in unit and bare in (["C"], ["F"]):
+        return True
+    if all(text in SHORT for text in bare):
+        return not bare or not symbols(expr)
+    return _is_numeral(expr) and all(len(text) == 1 for text in bare) and not any(t.is_("^") for t in tail if len(bare) == 1)
+
+
+def _is_numeral(expr: Expr) -> bool:
+    """Return whether a number is written with digits alone: 5, -1/2, 1 1/3, 3 x 10^8."""
+    return expr.op == "num" or (
+        expr.op in ("neg", "div", "add", "mul", "pow") and all(isinstance(a, Expr) and _is_numeral(a) for a in expr.args)
+    )
 
 
 def _units(tokens: Tokens) -> Iterator[tuple[Tokens, Unit, int]]:

@@ -14,6 +14,7 @@ from rlvr_lightning.grading.math.answers import (
     REALS,
     Bag,
     Matrix,
+    Named,
     Piece,
     Readings,
     Region,
@@ -25,10 +26,12 @@ from rlvr_lightning.grading.math.answers import (
     union,
     without,
 )
-from rlvr_lightning.grading.math.expression import Expr, num, parse, uses
+from rlvr_lightning.grading.math.expression import parse
 from rlvr_lightning.grading.math.quantities import ratio, value
 from rlvr_lightning.grading.math.relations import implication, intersection, membership, relation
 from rlvr_lightning.grading.math.tokens import Tokens, Unparsable, matching, says, split, tokenize
+from rlvr_lightning.grading.math.tree import Expr, num, uses
+from rlvr_lightning.grading.math.units import STOP_WORDS
 from rlvr_lightning.grading.math.words import based, choices, clocks, of_tokens, words
 
 _STRUCTURAL = frozenset("Rightarrow , ; in = approx sim < > le ge ne equiv vee lor wedge land".split())
@@ -37,9 +40,12 @@ _SIGNS = frozenset(["+", "-", "*", "/", "<", ">", "=", r"\times", r"\cdot", r"\l
 _DECIMAL = re.compile(r"-?\d{1,50}(?:\.\d{1,50})?", re.ASCII)
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf|textit|mbox|operatorname)\s*\{([^{}]*)\}")
 _PREFIX = re.compile(
-    r"(?:the )?(?:final )?(?:answer|result|solution|value)(?: is| equals)?:?|about|approximately|therefore|thus|is|so"
-    r"|(?!.*\bnot\b)[a-z ]{1,40}(?::| is| equals)"
+    r"(?:the )?(?:final )?(?:answer|result|solution|value|point|pair|option|choice)s?(?: is| are| equals)?:?|both|either"
+    r"|there are|exactly|about|approximately|therefore|thus|is|so"
+    r"|[a-z ]{1,40}(?::| is| are| equals)"
 )
+_SENTENCE = re.compile(r"([A-Za-z][A-Za-z ]*(?: is| are| equals|:)|[Ee]xactly)\s+(-?[\d(\\].*)")
+_HARMLESS = frozenset(["is", "approximately", "about", "for", "either", "point"])
 _MATRICES = ("matrix", "pmatrix", "bmatrix", "Bmatrix", "vmatrix", "Vmatrix", "smallmatrix", "array")
 
 
@@ -53,6 +59,8 @@ def read(text: str) -> Readings:
         return (Value(num(Fraction(text))),)
     plain = _TEXT.sub(r" \1 ", text).replace("$", " ")
     plain = " ".join(plain.split())
+    if _SENTENCE.fullmatch(plain) and _introduces(_SENTENCE.sub(r"\1", plain)):  # The answer is 15
+        return read(_SENTENCE.sub(r"\2", plain))
     if text in _SIGNS:  # which operation is it?
         return (Word(text),)
     readings = [*choices(plain), *based(plain), *clocks(plain)]
@@ -62,13 +70,14 @@ def read(text: str) -> Readings:
         except Unparsable:
             continue
         readings += _read(tokens, 0)
-    readings += words(plain)
+    if not any(isinstance(r, Value) and r.unit for r in readings):
+        readings += words(plain, as_text=plain != text)
     return tuple(dict.fromkeys(readings))
 
 
 def _read(tokens: Tokens, depth: int) -> Readings:
     """Return every meaning of some tokens."""
-    tokens = _bare(tokens)
+    tokens = _without_condition(_bare(tokens))
     if not tokens or depth > _MAX_DEPTH:
         return ()
 
@@ -96,7 +105,7 @@ def _bare(tokens: Tokens) -> Tokens:
     while tokens:
         first = tokens[0]
         if first.is_("=", "approx", "sim", ":", "therefore") or (
-            first.kind in ("text", "word") and tokens[1:] and _PREFIX.fullmatch(first.text.lower().strip())
+            first.kind in ("text", "word") and tokens[1:] and _introduces(first.text)
         ):
             tokens = tokens[1:]
         elif tokens[-1].is_(",", ".", ";", ":"):
@@ -106,6 +115,25 @@ def _bare(tokens: Tokens) -> Tokens:
         else:
             break
     return tokens
+
+
+def _without_condition(tokens: Tokens) -> Tokens:
+    r"""Return the tokens before a clause that says for which values: ``, k \in \mathbb{Z}``, "for all x", "where ..."."""
+    for index, token in enumerate(tokens[1:], start=1):
+        said = token.text.lower().split() if token.kind in ("text", "word") else []
+        if (said[:1] in (["for"], ["where"]) or token.is_("forall")) and index + 1 <= len(tokens):
+            return _bare(tokens[:index])
+    if len(tokens) > 4 and tokens[-2].is_("in") and tokens[-1].kind == "cmd" and tokens[-1].text.startswith("mathbb"):
+        parts = split(tokens, lambda t: t.is_(",", ";"))
+        if len(parts) > 1 and len(parts[-1]) == 3:
+            return _bare(tokens[:-4])
+    return tokens
+
+
+def _introduces(text: str) -> bool:
+    """Return whether words in front of an answer say no more than that it is one."""
+    text = text.lower().strip()
+    return bool(_PREFIX.fullmatch(text)) and not STOP_WORDS & (set(re.findall("[a-z]+", text)) - _HARMLESS)
 
 
 def _alternatives(tokens: Tokens, inner: Callable[[Tokens], Readings]) -> Readings | None:
@@ -129,14 +157,18 @@ def _list(tokens: Tokens, inner: Callable[[Tokens], Readings]) -> Readings | Non
 
 
 def _joined(items: list[Readings], *, both: bool) -> Readings:
-    if not all(items):
+    if len(items) < 2 or not all(items):
         return ()
     regions = [next((r for r in item if isinstance(r, Region)), None) for item in items]
+    if not both and any(regions):
+        regions = [region or _as_points(item) for region, item in zip(regions, items, strict=True)]
     readings: list[Region | Bag] = [Bag(tuple(_flat(items)))]
     known_regions = [r for r in regions if r is not None]
     names = {r.name for r in known_regions} - {""}
     if len(known_regions) == len(items) and len(names) < 2:
         name = next(iter(names), "")
+        if name:  # conditions on one variable are one condition
+            readings = []
         try:
             if both and not name:  # points, not intervals
                 pass
@@ -151,6 +183,18 @@ def _joined(items: list[Readings], *, both: bool) -> Readings:
         except TypeError:  # symbolic ends
             pass
     return tuple(readings)
+
+
+def _as_points(item: Readings) -> Region | None:
+    """Return a single value, with or without a name, or a set of them as degenerate intervals."""
+    for reading in item:
+        name, values = (reading.name, reading.value) if isinstance(reading, Named) else ("", (reading,))
+        found = next((v for v in values if isinstance(v, Value | Bag)), None)
+        if isinstance(found, Value):
+            return Region((Piece(found.expr, found.expr, True, True),), name)
+        if isinstance(found, Bag) and (region := _as_region(found)) is not None:
+            return Region(region.pieces, name)
+    return None
 
 
 def _flat(items: list[Readings]) -> Iterator[Readings]:
@@ -168,6 +212,8 @@ def _two_values(item: Readings) -> bool:
 
 def _brackets(tokens: Tokens, inner: Callable[[Tokens], Readings]) -> Iterator[Bag | Tuple | Region]:
     """Read sets, tuples and intervals."""
+    if tokens[0].kind == "sym" and tokens[0].text.isupper() and tokens[1:] and tokens[1].is_("("):
+        tokens = tokens[1:] if any(t.is_(",") for t in tokens) else tokens  # A(3, 4) is a point
     if not tokens[0].is_("(", "[", "lbrace", "langle") or matching(tokens, 0) != len(tokens) - 1:
         return
     opener, closer = tokens[0].text, tokens[-1].text
@@ -178,7 +224,10 @@ def _brackets(tokens: Tokens, inner: Callable[[Tokens], Readings]) -> Iterator[B
             return
         described = split(tokens[1:-1], lambda t: t.is_("|", ":"))
         if len(described) == 2:  # {x | x > 3}
-            yield from (r for r in inner(described[1]) if isinstance(r, Region))
+            element = described[0]
+            if len(element) == 1 or (len(element) == 3 and element[1].is_("in") and element[2].is_("mathbbR")):
+                yield from (r for r in inner(described[1]) if isinstance(r, Region) and r.name in ("", element[0].text))
+            return
         items = [inner(p) for p in parts]
         if all(items):
             yield Bag(tuple(_flat(items)), is_set=True)
@@ -189,7 +238,10 @@ def _brackets(tokens: Tokens, inner: Callable[[Tokens], Readings]) -> Iterator[B
     if all(items):
         kind = {"(": "(", "[": "[", "langle": "("}[opener] + {")": ")", "]": "]", "rangle": ")"}.get(closer, closer)
         if any(_two_values(item) for item in items):  # (0, \pm 2) is two points
-            points = product(*(item[0].items if _two_values(item) and isinstance(item[0], Bag) else (item,) for item in items))
+            values = [item[0].items if _two_values(item) and isinstance(item[0], Bag) else (item,) for item in items]
+            if any(t.is_("mp") for t in tokens):  # tied together, first with first
+                values = [v * 2 if len(v) == 1 else v for v in values]
+            points = zip(*values, strict=False) if any(t.is_("mp") for t in tokens) else product(*values)
             yield Bag(tuple((Tuple(kind, choice),) for choice in points))
         else:
             yield Tuple(kind, tuple(items))
@@ -245,6 +297,8 @@ def _matrix(tokens: Tokens) -> Iterator[Matrix]:
         except Unparsable:
             return
         for matrix in _matrix(tokens[start:]):
+            if matrix.determinant:
+                continue
             yield Matrix(tuple(tuple(Expr("mul", (factor, e)) for e in row) for row in matrix.rows), matrix.determinant)
         return
     if tokens[0].kind != "begin" or tokens[0].text not in _MATRICES or matching(tokens, 0) != len(tokens) - 1:

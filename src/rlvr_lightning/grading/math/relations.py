@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rlvr_lightning.grading.math.answers import (
     INFINITY,
     MINUS_INFINITY,
+    REALS,
     Answer,
     Equation,
     Inequality,
@@ -19,9 +20,12 @@ from rlvr_lightning.grading.math.answers import (
     same,
     solve_linear,
     union,
+    without,
 )
-from rlvr_lightning.grading.math.expression import Expr, minus, parse, symbols
+from rlvr_lightning.grading.math.expression import parse
 from rlvr_lightning.grading.math.tokens import Token, Tokens, Unparsable, split
+from rlvr_lightning.grading.math.tree import Expr, minus, sign_choices, symbols
+from rlvr_lightning.grading.math.units import STOP_WORDS
 from rlvr_lightning.grading.math.value import constant
 
 if TYPE_CHECKING:
@@ -63,16 +67,17 @@ def membership(tokens: Tokens, inner: "Inner") -> Readings | None:
 
 def relation(tokens: Tokens, inner: "Inner") -> Readings | None:
     """Read whatever has a relation sign; None if there is none."""
-    sides, signs = _cut(tokens, "=", "approx", "sim", "<", ">", "le", "ge", "ne", "equiv")
+    rounded, signs = _cut(tokens, "approx", "sim")
+    if signs:
+        return _approximation(rounded, inner) if all(rounded) else ()
+    sides, signs = _cut(tokens, "=", "<", ">", "le", "ge", "ne", "equiv")
     if not signs:
         return None
     if not all(sides):
         return ()
     kinds = set(signs)
-    if kinds == {"="}:
+    if kinds <= {"=", "equiv"} and not any(t.is_("pmod", "bmod", "mod") for t in tokens):
         return tuple(_equation(sides, inner))
-    if kinds <= {"=", "approx", "sim"}:
-        return _approximation(sides, inner)
     if kinds == {"ne"}:
         return _unequal(sides)
     if kinds <= set(_MIRROR):
@@ -84,9 +89,10 @@ def _equation(sides: list[Tokens], inner: "Inner") -> list[Answer]:
     if is_name(sides[-1]) and not is_name(sides[0]):
         sides = sides[::-1] if len(sides) == 2 else sides
     readings: list[Answer] = []
-    values = [inner(side) for side in (sides[1:] if is_name(sides[0]) else sides)]
+    asked = is_name(sides[0]) or _is_sum_of_symbols(sides[0])
+    values = [inner(side) for side in (sides[1:] if asked else sides)]
     agree = all(values) and all(same(values[-1], value) for value in values[:-1])
-    if is_name(sides[0]) and agree:
+    if asked and agree:
         readings.append(Named(_name(sides[0]), values[-1]))
     elif agree and len(sides) > 1:
         readings += values[-1]
@@ -101,15 +107,24 @@ def _equation(sides: list[Tokens], inner: "Inner") -> list[Answer]:
 
 
 def _approximation(sides: list[Tokens], inner: "Inner") -> Readings:
-    """An exact value and its rounding: either may be meant, if they are close."""
-    named = is_name(sides[0])
-    values = [inner(side) for side in (sides[1:] if named else sides)]
-    numbers = [next((constant(r.expr) for r in value if isinstance(r, Value)), None) for value in values]
-    first = numbers[0]
-    if first is None or any(n is None or abs(n - first) > 0.02 * abs(first) for n in numbers):
+    """An exact value and its rounding: either may be meant, if the one rounds to the other."""
+    if is_name(sides[0]):
+        readings = inner(sides[1]) if len(sides) == 2 else _approximation(sides[1:], inner)
+        return (Named(_name(sides[0]), readings),) if readings else ()
+    if len(sides) != 2:
         return ()
-    readings = tuple(dict.fromkeys([*values[0], *values[-1]]))
-    return (Named(_name(sides[0]), readings),) if named else readings
+    exact, rounded = inner(sides[0]), inner(sides[1])
+    name = next((r.name for r in exact if isinstance(r, Named)), None)
+    first, second = (next((constant(r.expr) for r in _unnamed(v) if isinstance(r, Value)), None) for v in (exact, rounded))
+    digits = next((t.text.partition(".")[2] for t in sides[1] if t.kind == "num"), "")
+    if first is None or second is None or abs(first - second) > 0.5001 * 10.0 ** -len(digits):
+        return ()
+    readings = tuple(dict.fromkeys([*_unnamed(exact), *rounded]))
+    return (Named(name, readings),) if name else readings
+
+
+def _unnamed(readings: Readings) -> Readings:
+    return tuple(r for reading in readings for r in (reading.value if isinstance(reading, Named) else (reading,)))
 
 
 def _unequal(sides: list[Tokens]) -> Readings:
@@ -121,7 +136,7 @@ def _unequal(sides: list[Tokens]) -> Readings:
         return ()
     if left.op != "sym" or symbols(right):
         return ()
-    return (union([Piece(MINUS_INFINITY, right, False, False), Piece(right, INFINITY, False, False)], left.args[0]),)
+    return (Region(without(REALS, sign_choices(right)).pieces, left.args[0]),)
 
 
 def _inequality(sides: list[Tokens], signs: list[str]) -> Readings:
@@ -201,6 +216,14 @@ def _ray(name: str, sign: str, end: Expr) -> Region:
     return Region((Piece(MINUS_INFINITY, end, False, closed),), name)
 
 
+def _is_sum_of_symbols(tokens: Tokens) -> bool:
+    """Return whether what is asked is a sum such as m + n."""
+    terms = split(tokens, lambda t: t.is_("+", "-"))
+    return len(terms) > 1 and all(
+        len(t) == 1 and (t[0].kind == "sym" or (t[0].kind == "word" and t[0].text.isupper())) for t in terms
+    )
+
+
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
@@ -217,12 +240,32 @@ def is_name(tokens: Tokens) -> bool:
     if tokens[-1].is_(")") and tokens[0].kind in ("sym", "word", "text", "cmd") and not tokens[0].is_("frac", "sqrt"):
         opening = next((i for i, t in enumerate(tokens) if t.is_("(")), len(tokens))
         head = tokens[:opening]  # f(2), P(X = 1)
+    said = [word for t in head if t.kind in ("word", "text") for word in t.text.lower().split()]
+    if len(said) > 6 or STOP_WORDS & set(said):
+        return False
     depth = 0
     for index, token in enumerate(head):
         subscript = index > 0 and ((token.kind == "num" and head[index - 1].is_("_")) or depth > 0)
         depth += token.is_("{") - token.is_("}")
         structural = token.is_(
-            "(", ")", ",", "_", "{", "}", "'", "|", "angle", "triangle", "overline", "vec", "measuredangle", "circ"
+            "(",
+            ")",
+            "[",
+            "]",
+            ",",
+            "_",
+            "{",
+            "}",
+            "'",
+            "|",
+            "bar",
+            "hat",
+            "angle",
+            "triangle",
+            "overline",
+            "vec",
+            "measuredangle",
+            "circ",
         )
         letter = token.kind in ("sym", "word", "text") or (token.kind == "cmd" and token.text in _NAMES)
         if not (subscript or structural or letter):

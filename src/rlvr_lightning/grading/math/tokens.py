@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 from typing import Literal
 
 Kind = Literal["num", "sym", "word", "text", "cmd", "begin", "end", "punc"]
@@ -14,7 +15,7 @@ FUNCTIONS = frozenset(
         "exp cis sqrt cbrt abs floor ceil asin acos atan arsinh arcosh artanh"
     ).split()
 )
-_CONSTANTS = {"pi": "pi", "Pi": "pi", "PI": "pi", "infinity": "infty", "Infinity": "infty", "infty": "infty"}
+_CONSTANTS = {"pi": "pi", "Pi": "pi", "PI": "pi", "infinity": "infty", "Infinity": "infty", "infty": "infty", "inf": "infty"}
 _TEXT_COMMANDS = frozenset(
     (
         "text textrm textbf textit textsf texttt textup textnormal mbox hbox mathrm mathbf mathit mathsf mathtt "
@@ -27,8 +28,8 @@ MAX_TOKENS = 1500
 _MAX_DIGITS = 2000
 
 _NUMBER = (
-    r"(?:\d{1,3}(?:,\d{3})+(?![\d])|\d{1,3}(?: \d{3})+(?![\d/]))(?:\.\d+)?"
-    r"|\d*\.\d*\s*\\(?:overline|bar|dot)\s*\{\d+\}"
+    r"(?:\d{1,3}(?:,\d{3})+(?![\d])|(?<![_^])\d{1,3}(?: \d{3})+(?![\d/]))(?:\.\d+)?"
+    r"|\d*\.\d*\s*\\(?:overline|bar|dot)\s*(?:\{\d+\}|\d)"
     r"|\d+(?:\.\d+)?[eE][+-]?\d{1,4}(?![A-Za-z\d.^{])"
     r"|\d+\.\d+|\d+\.(?!\.)|\d+|\.\d+"
 )
@@ -38,8 +39,10 @@ _TOKEN = re.compile(
     r"|(?P<word>[A-Za-z]+)"
     r"|\\(?P<esc>[$%])|(?P<dots>\.\.\.+|\u2026)|(?P<punc>[^\s\\])|(?P<space>\s+)"
 )
+_LETTERS = re.compile(r"[A-Z](?:(?:,| and|, and| or) [A-Z])+")
+_CODE_NUMERAL = re.compile(r"(?<![\w.])0[xXbBoO][0-9A-Fa-f]")
 _ARGUMENT = re.compile(r"\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}|\s*([A-Za-z])(?![A-Za-z])")
-_REPEATING = re.compile(r"(\d*)\.(\d*)\s*\\(?:overline|bar|dot)\s*\{(\d+)\}")
+_REPEATING = re.compile(r"(\d*)\.(\d*)\s*\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
 
 
 class Unparsable(ValueError):
@@ -79,7 +82,7 @@ def tokenize(text: str, *, grouped: bool = True) -> Tokens:
     position, spaced = 0, False
     while position < len(text):
         match = _TOKEN.match(text, position)
-        if match is None or len(tokens) > MAX_TOKENS:
+        if match is None or len(tokens) > MAX_TOKENS or _CODE_NUMERAL.match(text, position):
             raise Unparsable(text[position : position + 20])
         position = match.end()
         kind, found = match.lastgroup, match[match.lastgroup or 0]
@@ -136,6 +139,16 @@ def split(tokens: Tokens, separates: Callable[[Token], bool]) -> list[Tokens]:
     return [*parts, tokens[start:]]
 
 
+def is_balanced(text: str) -> bool:
+    """Return whether normalized text can be cut into tokens and every bracket in it closes: then its spelling can be met."""
+    try:
+        tokens = tokenize(text)
+    except Unparsable:
+        return False
+    depths = list(accumulate(map(_nesting, tokens), initial=0))
+    return bool(tokens) and depths[-1] == 0 and min(depths) == 0
+
+
 def says(token: Token, *words: str) -> bool:
     """Return whether a token is one of these words, in text or as a command."""
     return (token.kind in ("text", "word") and token.text.lower().strip(" ,") in words) or token.is_(*words)
@@ -155,8 +168,13 @@ def _text(command: str, content: str, spaced: bool, grouped: bool) -> list[Token
         return [Token("cmd", "mathbb" + content.strip(), spaced=spaced)]
     words = " ".join(content.replace("$", " ").split())
     bare = words.strip("() ")
-    as_mathematics = not re.search("[A-Za-z]", words) or re.search(r"\d|\\\\", words) or (len(bare) == 1 and bare.isalpha())
-    if as_mathematics or bare in FUNCTIONS or bare in _CONSTANTS:
+    as_mathematics = (
+        not re.search("[A-Za-z]", words)
+        or re.search(r"\d|\\\\", words)
+        or _LETTERS.fullmatch(words)
+        or (len(bare) == 1 and bare.isalpha())
+    )
+    if as_mathematics or (bare in FUNCTIONS and bare not in ("sec", "arcsec", "floor")) or bare in _CONSTANTS:
         inner = tokenize(words, grouped=grouped)
         return [Token(t.kind, t.text, t.value, spaced if i == 0 else t.spaced) for i, t in enumerate(inner)]
     letter = re.fullmatch(r"\(([A-Z])\)\s*(.*)|([A-Z])[.)]\s*(.*)", words)

@@ -6,6 +6,7 @@ Unit = frozenset[tuple[str, int]]
 """Pairs of name and exponent; the empty set is no unit."""
 
 PERCENT: Unit = frozenset({("%", 1)})
+RADIAN: Unit = frozenset({("rad", 1)})
 DEGREE: Unit = frozenset({("degree", 1)})
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 """Powers of ten that are written as words."""
@@ -29,17 +30,30 @@ _COMPOUND = {
 }
 _CASED = {"C", "F", "N", "J", "W", "V", "A", "K", "T", "L", "s", "m", "g", "h", "l"}
 """Single letters that are units in this case only."""
-_SKIPPED = {"of", "the", "a", "an", "total", "each", "long", "tall", "wide", "approximately", "about", "exactly", "old"}
-COUNTS = frozenset({("%", 1), ("dozen", 1), ("pair", 1), ("score", 1), ("gross", 1), ("couple", 1)})
+_SKIPPED = {"of", "the", "a", "an", "total", "each", "long", "tall", "wide", "about", "exactly", "old"}
+COUNTS = frozenset({("%", 1), ("rad", 1), ("dozen", 1), ("pair", 1), ("score", 1), ("gross", 1), ("couple", 1)})
 """Units that are factors: a ground truth without them is not met by an answer with them."""
-_REFUSED = frozenset(
-    "not no or and either if when where for isn't is mod base unless except but factorial half halves third "
-    "thirds fourth fourths quarter quarters fifth fifths sixth sixths seventh eighth eighths ninth tenth "
-    "tenths hundredth hundredths thousandth thousandths plus minus more less fewer over divided negative "
-    "positive pi infinity root remainder modulo choose power to".split()
+STOP_WORDS = frozenset(
+    (
+        "not no or and either if when where for is mod base unless except but factorial half halves halfs quarter "
+        "quarters plus minus more less fewer over divided negative positive pi infinity root remainder modulo "
+        "choose power to below above under most least maximum minimum zero never wrong incorrect cannot maybe "
+        "probably perhaps possibly roughly rounded approx approximately repeating recurring out point loss twice "
+        "doubled tripled inverse itself guess against through around almost nearly close after before reciprocal "
+        "opposite than then double triple as many permille ppm percentile quadrillion quintillion lakh crore tens "
+        "hundreds thousands millions billions trillions matrix grid board table array one two three four five six "
+        "seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty "
+        "thirty forty fifty sixty seventy eighty ninety thirds thousandths first"
+    ).split()
 )
+"""Words that change what a number says, so they are no units, no names and no introduction."""
+_ORDINAL = re.compile(r"(?!(?:month|length|width|path|depth|bath|death|birth|cloth)s?$)\w+ths?|\w+n't|[a-z]*fifths?")
 _POWERS = {"square": 2, "squared": 2, "sq": 2, "cubic": 3, "cubed": 3, "cu": 3}
 _WORD = re.compile(r"[A-Za-z'-]+|[%$€£¥¢]|[²³]|/|\^\{?-?\d+\}?|\d+")
+
+
+SHORT = frozenset(["cm", "km", "mm", "ft", "kg", "lb", "yd", "mi"])
+"""Units of two letters that hardly ever are a product of two symbols."""
 
 
 def known(word: str) -> bool:
@@ -58,9 +72,11 @@ def read_unit(text: str) -> tuple[Unit, int] | None:
     """
     exponents: dict[str, int] = {}
     scale, sign, power, last = 0, 1, 1, ""
-    for part in _WORD.findall(text.replace(".", " ")):
+    for part in _WORD.findall(re.sub(r"\bper cent\b", "percent", text.replace(".", " "))):
         word = part if len(part) == 1 else part.lower()
-        if word in _REFUSED or part.isdigit():
+        if part[0] == "M" and word in ("mw", "mhz", "mg"):
+            word = "mega" + word[1:]
+        if word in STOP_WORDS or part.isdigit() or _ORDINAL.fullmatch(word):
             return None
         if word in _SKIPPED:
             continue

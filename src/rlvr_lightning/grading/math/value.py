@@ -1,24 +1,23 @@
 """Whether two expressions are the same: exactly where numbers allow it, else at many digits and several points.
 
-Rational numbers are compared as such. Irrational constants are evaluated to 150 digits and compared relatively, at 300 when
-they look like zero. Expressions with symbols are compared at points chosen by their names, so that a verdict never depends on
+Rational numbers are compared as such. Irrational constants are evaluated to 150 digits and compared relatively, with more where
+they agree. Expressions with symbols are compared at points chosen by their names, so that a verdict never depends on
 the run. Towers of powers are compared by their logarithms and never expanded.
 """
 
-import math
-import zlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
+from hashlib import blake2b
 from typing import Any
 
-from rlvr_lightning.grading.math.expression import Expr, num, symbols, uses
+from rlvr_lightning.grading.math.rational import exact
+from rlvr_lightning.grading.math.tree import Expr, num, substitute, symbols, uses
 
-_MAX_BITS = 40_000
-"""Of an exact integer; anything longer is compared through its logarithm or in floating point."""
 _MAX_LOG = 10**7
 _DIGITS = 150
-_POINTS = 6
+_MAX_DIGITS = 6_000
+_POINTS = 8
 
 
 class TooLarge(ValueError):
@@ -54,6 +53,8 @@ def proportional(a: Expr, b: Expr, *, positive: bool = False) -> bool:
     found = 0
     for values in _points(names, a, b):
         x, y = values
+        if isinstance(x, Fraction):
+            x, y = (_numeric(num(v), {}, "e", 60, real=True) for v in (x, y))
         if abs(y) < 1e-25 or abs(x) < 1e-25:
             if abs(x) < 1e-25 and abs(y) < 1e-25:
                 continue
@@ -78,85 +79,6 @@ def constant(expr: Expr) -> Any | None:
         return None
 
 
-@lru_cache(4096)
-def exact(expr: Expr) -> Fraction | None:
-    """Return the rational value of an expression, or None if it is irrational, symbolic, undefined or too long."""
-    op, args = expr.op, expr.args
-    if op == "num":
-        return args[0]
-    if op in ("sym", "pi", "e", "i", "inf", "deg"):
-        return None
-    values = [exact(a) for a in args]
-    if any(v is None for v in values):
-        return None
-    known = [v for v in values if v is not None]
-    rule = _EXACT.get(op)
-    try:
-        result = rule(*known) if rule else None
-    except ZeroDivisionError:
-        return None
-    if result is None or result.numerator.bit_length() + result.denominator.bit_length() > _MAX_BITS:
-        return None
-    return result
-
-
-def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
-    if exponent.denominator != 1:
-        root = _exact_root(base, Fraction(exponent.denominator))
-        return None if root is None else _exact_power(root, Fraction(exponent.numerator))
-    size = max(base.numerator.bit_length(), base.denominator.bit_length())
-    if abs(exponent) * size > _MAX_BITS and base not in (0, 1, -1):
-        return None
-    if base == 0 and exponent <= 0:
-        return Fraction(1) if exponent == 0 else None
-    return base ** (int(exponent) % 2 if abs(base) == 1 else int(exponent))
-
-
-def _exact_root(value: Fraction, index: Fraction) -> Fraction | None:
-    if index.denominator != 1 or not 2 <= index <= 100 or (value < 0 and index % 2 == 0):
-        return None
-    parts = []
-    for part in (abs(value.numerator), value.denominator):
-        root = math.isqrt(part) if index == 2 else _integer_root(part, int(index))
-        if root ** int(index) != part:
-            return None
-        parts.append(root)
-    return Fraction(parts[0], parts[1]) * (-1 if value < 0 else 1)
-
-
-def _integer_root(value: int, index: int) -> int:
-    low, high = 0, 1 << (value.bit_length() // index + 1)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if middle**index <= value else (low, middle - 1)
-    return low
-
-
-def _exact_factorial(n: Fraction) -> Fraction | None:
-    return Fraction(math.factorial(int(n))) if n.denominator == 1 and 0 <= n <= 3000 else None
-
-
-def _exact_binomial(n: Fraction, k: Fraction) -> Fraction | None:
-    if n.denominator != 1 or k.denominator != 1 or not 0 <= k <= 3000 or not 0 <= n <= 10**6:
-        return None
-    return Fraction(math.comb(int(n), int(k)))
-
-
-_EXACT: dict[str, Callable[..., Fraction | None]] = {
-    "add": lambda *terms: sum(terms, Fraction(0)),
-    "neg": lambda a: -a,
-    "mul": lambda a, b: a * b,
-    "div": lambda a, b: a / b,
-    "pow": _exact_power,
-    "root": _exact_root,
-    "fact": _exact_factorial,
-    "binom": _exact_binomial,
-    "abs": lambda a: abs(a),
-    "floor": lambda a: Fraction(math.floor(a)),
-    "ceil": lambda a: Fraction(math.ceil(a)),
-}
-
-
 def _same_constant(a: Expr, b: Expr, log_base: str, depth: int = 0) -> bool:
     try:
         x, y = (_numeric(e, {}, log_base, _DIGITS, real=False) for e in (a, b))
@@ -167,16 +89,38 @@ def _same_constant(a: Expr, b: Expr, log_base: str, depth: int = 0) -> bool:
         return logs[0] is not None and logs[1] is not None and _same_constant(logs[0], logs[1], log_base, depth + 1)
     except (Undefined, ZeroDivisionError, OverflowError):
         return False
-    if abs(x - y) <= 1e-110 * max(abs(x), abs(y)):
-        return True
-    if min(abs(x), abs(y)) > 1e-100:
+    if abs(x - y) > 1e-110 * max(abs(x), abs(y)) and min(abs(x), abs(y)) > 1e-100:
         return False
-    try:  # what is zero shrinks when digits are added; what is merely small stays
-        precise = [_numeric(e, {}, log_base, 2 * _DIGITS, real=False) for e in (a, b)]
+    # They agree, or look like zero. As many digits again as the largest power has tell 3^999 + 1 from 3^999; what is zero
+    # shrinks when digits are added, what is merely small stays.
+    digits = 2 * _DIGITS + _exponent(a, log_base) + _exponent(b, log_base)
+    if digits > _MAX_DIGITS:
+        return not uses(a, "add") and not uses(b, "add") and abs(x - y) <= 1e-110 * max(abs(x), abs(y))
+    try:
+        precise = [_numeric(e, {}, log_base, digits, real=False) for e in (a, b)]
     except (ValueError, ZeroDivisionError, OverflowError):
         return False
-    zero = [abs(p) <= abs(v) * 1e-100 for p, v in zip(precise, (x, y), strict=True)]
-    return all(zero) or abs(precise[0] - precise[1]) <= 1e-110 * max(abs(precise[0]), abs(precise[1]))
+    import mpmath
+
+    with mpmath.workdps(digits):
+        close = mpmath.mpf(10) ** (40 - digits)
+        zero = [abs(p) <= abs(v) * 1e-100 for p, v in zip(precise, (x, y), strict=True)]
+        return all(zero) or bool(abs(precise[0] - precise[1]) <= close * max(abs(precise[0]), abs(precise[1])))
+
+
+def _exponent(expr: Expr, log_base: str) -> int:
+    """Return how many decimal digits the largest power, exponential or factorial in a tree has, on either side of 1."""
+    inner = max((_exponent(a, log_base) for a in expr.args if isinstance(a, Expr)), default=0)
+    if expr.op not in ("pow", "exp", "fact", "sinh", "cosh", "tanh", "binom"):
+        return inner
+    argument = Expr("exp", expr.args) if expr.op in ("sinh", "cosh", "tanh") else expr
+    try:
+        size = _numeric(argument, {}, log_base, 15, real=False)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        return _MAX_DIGITS
+    import mpmath
+
+    return max(inner, 0 if size == 0 else int(abs(mpmath.log10(abs(size)))))
 
 
 def _log(expr: Expr) -> Expr | None:
@@ -198,35 +142,63 @@ def _log(expr: Expr) -> Expr | None:
 def _agree(a: Expr, b: Expr, names: list[str], log_base: str) -> bool:
     found = 0
     for x, y in _points(names, a, b, log_base):
-        if abs(x - y) > 1e-30 * max(abs(x), abs(y)) and max(abs(x), abs(y)) > 1e-35:
+        if isinstance(x, Fraction):
+            if x != y:
+                return False
+        elif abs(x - y) > 1e-30 * max(abs(x), abs(y)) and max(abs(x), abs(y)) > 1e-45:
             return False
         found += 1
     return found >= 3
 
 
-def _points(names: list[str], a: Expr, b: Expr, log_base: str = "e") -> "list[tuple[Any, Any]]":
-    """Return both values at points where both are defined: real ones of either sign, else positive, else whole numbers."""
+def _points(names: list[str], a: Expr, b: Expr, log_base: str = "e") -> "Iterator[tuple[Any, Any]]":
+    """Yield both values at points where both are defined: real ones of either sign, else positive, else whole numbers.
+
+    Rational values are exact. With floor or ceiling, whole numbers come too, and alone for names that stand for integers.
+    """
     real = not uses(a, "i", "cis") and not uses(b, "i", "cis")
-    found: list[tuple[Any, Any]] = []
-    for signs in ("mixed", "positive", "whole"):
-        for index in range(_POINTS if signs == "mixed" else _POINTS - 1):
-            env = {name: _coordinate(name, index, signs) for name in names}
-            try:
-                found.append((_numeric(a, env, log_base, 60, real=real), _numeric(b, env, log_base, 60, real=real)))
-            except (ValueError, ZeroDivisionError, OverflowError):
+    steps = uses(a, "floor", "ceil") or uses(b, "floor", "ceil")
+    kinds = ["whole", "mixed"] if steps else ["mixed", "positive", "whole"]
+    if steps and all(name[0] in "nmkNMKijpqab" for name in names):
+        kinds = ["whole"]
+    found = 0
+    for kind in kinds:
+        for index in range(_POINTS):
+            env = {name: _coordinate(name, index, kind) for name in names}
+            values = [_at(e, env, log_base, real=real) for e in (a, b)]
+            if None in values:
+                # |x| and (sqrt x)^2 differ where only one of them exists
+                if kind == "mixed" and values != [None, None] and (uses(a, "abs") or uses(b, "abs")):
+                    yield (Fraction(0), Fraction(1))
                 continue
-        if len(found) >= 3:
-            break
-    return found
+            found += 1
+            if not (isinstance(values[0], Fraction) and isinstance(values[1], Fraction)):
+                values = [_numeric(num(v), {}, log_base, 60, real=real) if isinstance(v, Fraction) else v for v in values]
+            yield (values[0], values[1])
+        if found >= 3 and not steps:
+            return
 
 
-def _coordinate(name: str, index: int, signs: str) -> Fraction:
-    noise = zlib.crc32(f"{name}/{index}".encode())
-    if signs == "whole":
-        return Fraction(2 + noise % 9 + index)
+def _at(expr: Expr, env: dict[str, Fraction], log_base: str, *, real: bool) -> Any | None:
+    """Return the value at a point: a Fraction where it is rational, None where it is undefined."""
+    value = exact(substitute(expr, {name: num(value) for name, value in env.items()}))
+    if value is not None:
+        return value
+    try:
+        return _numeric(expr, env, log_base, 60, real=real)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        return None
+
+
+@lru_cache(4096)
+def _coordinate(name: str, index: int, kind: str) -> Fraction:
+    noise = int.from_bytes(blake2b(f"{name}/{index}".encode(), digest_size=8).digest())
+    if kind == "whole":
+        return Fraction(index + 1 + noise % 3) if index < 6 else Fraction(20 + noise % 400)
     value = Fraction(noise % 9_973 + 1_009, 4_093 + noise % 89)
-    negative = index >> (zlib.crc32(name.encode()) % 3) & 1  # each symbol takes both signs, most pairs all four
-    return -value if signs == "mixed" and negative else value
+    if kind == "positive":
+        return value
+    return value * (1, 1, 10, 1, 100, 3, 1, 1)[index] * (-1 if (noise >> 16) % 2 else 1)
 
 
 def _numeric(expr: Expr, env: dict[str, Fraction], log_base: str, digits: int, *, real: bool) -> Any:
@@ -347,6 +319,3 @@ class _Evaluator:
         if self.real and mp.im(value) != 0:
             raise Undefined(name)
         return value
-
-
-ZERO = num(0)

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from rlvr_lightning.grading.math.answers import REALS, Based, Choice, Clock, Readings, Region, Value, Word
-from rlvr_lightning.grading.math.expression import num
 from rlvr_lightning.grading.math.tokens import Tokens
+from rlvr_lightning.grading.math.tree import num
 
 _BASES = {
     "two": 2,
@@ -25,9 +25,11 @@ _BASED = re.compile(
     r"\(?([0-9A-Za-z]+(?:\.[0-9A-Za-z]+)?)\)?\s*(?:_\s*\{?\s*\(?|\s+(?:in\s+)?base[ -]?)(\d+|[a-z]+)\)?\s*\}?", re.ASCII
 )
 _CLOCK = re.compile(r"(\d{1,2}):(\d\d)\s*(?:([ap])\.?\s*m\.?)?|(\d{1,2})()\s*([ap])\.?\s*m\.?", re.IGNORECASE)
-_CHOICE = re.compile(r"\(?([A-Z])\)?[.):]*|\(([A-Z])\).*|([A-Z])[.):]\s.*", re.DOTALL)
+_CHOICE = re.compile(r"\(?([A-Z])\)?[.):]*|\(([A-Z])\)(\s+[^\s(].*)|([A-Z])[.):](\s+[^\s(].*)", re.DOTALL)
+_NAMED_CHOICE = re.compile(r"^(?:the )?(?:option|choice|answer)(?: is)?:? (?=\(?[A-Z]\)?$)", re.IGNORECASE)
 _WORDY = re.compile(r"[\w\s.,:;'()/-]+")
-_PUNCTUATION = re.compile(r"(?<!\d)[.,;:'()-](?!\d)|[.,;:](?!\S)")
+_PUNCTUATION = re.compile(r"(?<!\d)[.,;:'](?!\d)|[.,;:](?!\S)|(?<=[A-Za-z]{3})-(?=[A-Za-z]{3})")
+_SHORT_WORDS = frozenset("yes no odd red one two six ten all may sun mon tue wed thu fri sat".split())
 _NUMBER_WORDS = {
     word: value
     for value, word in enumerate(
@@ -43,9 +45,9 @@ _EMPTY = {"no solution", "no solutions", "no real solution", "no real solutions"
 
 def choices(plain: str) -> Iterator[Choice]:
     """Read the letter of a choice, with or without what it stands for."""
-    match = _CHOICE.fullmatch(plain)
-    if match:
-        yield Choice(match[1] or match[2] or match[3])
+    match = _CHOICE.fullmatch(_NAMED_CHOICE.sub("", plain))
+    if match and not re.search(r"\b[A-Z]\b|\b(?:or|and|not|no|wrong)\b", match[3] or match[5] or ""):
+        yield Choice(match[1] or match[2] or match[4])
 
 
 def based(plain: str) -> Iterator[Based | Value]:
@@ -71,15 +73,23 @@ def clocks(plain: str) -> Iterator[Clock]:
 def of_tokens(tokens: Tokens) -> Readings:
     """Words between other tokens, such as the elements of a list."""
     if all(t.kind in ("text", "word", "sym") for t in tokens):
-        return tuple(words(" ".join(t.text for t in tokens)))
+        return tuple(words(" ".join(t.text for t in tokens), as_text=any(t.kind == "text" for t in tokens)))
     return ()
 
 
-def words(plain: str) -> Iterator[Word | Value | Region]:
-    """Read words; numbers among them count as spelled, case does not count."""
-    if not re.search("[A-Za-z]{2}", plain) or not _WORDY.fullmatch(plain):
+def words(plain: str, *, as_text: bool) -> Iterator[Word | Value | Region]:
+    r"""Read words; numbers among them count as spelled, case does not count.
+
+    Args:
+        plain: the answer without commands.
+        as_text: it was written as ``\text``, so short words are words, and not products of symbols.
+    """
+    plain = plain.removeprefix("(").removesuffix(")") if plain.count("(") == plain[:1].count("(") else plain
+    if not _WORDY.fullmatch(plain) or not (re.search("[A-Za-z]{4}", plain) or plain.lower() in _SHORT_WORDS or as_text):
         return
     text = " ".join(_PUNCTUATION.sub(" ", plain).casefold().split())
+    if re.search(r"[-/()]", text):
+        return
     text = re.sub(r"^(?:the|an?) (?=\w)", "", text)
     if text in _NUMBER_WORDS:
         yield Value(num(_NUMBER_WORDS[text]))
@@ -87,5 +97,5 @@ def words(plain: str) -> Iterator[Word | Value | Region]:
         yield REALS
     elif text in _EMPTY:
         yield Region(())
-    if re.search("[a-z]{3}", text) or text in ("no", "up", "am", "pm", "so") or " " in text:
+    if re.search("[a-z]{2}", text):
         yield Word(text)
