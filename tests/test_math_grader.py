@@ -253,6 +253,8 @@ SAME = [
 ]
 
 DIFFERENT = [
+    (r"\lfloor\sqrt{n-1}\rfloor", r"\lfloor\sqrt{n-2}\rfloor"),
+    (r"\{1, 2\}", r"\{1, 2 )"),
     (r"12\%", "0.12"),
     ("12", r"12\%"),
     ("0.12", r"12\%"),

@@ -217,8 +217,10 @@ def _brackets(tokens: Tokens, inner: Callable[[Tokens], Readings]) -> Iterator[B
     if not tokens[0].is_("(", "[", "lbrace", "langle") or matching(tokens, 0) != len(tokens) - 1:
         return
     opener, closer = tokens[0].text, tokens[-1].text
+    if (opener == "lbrace") != (closer == "rbrace"):
+        return
     parts = split(tokens[1:-1], lambda t: t.is_(",", ";"))
-    if opener == "lbrace" and closer == "rbrace":
+    if opener == "lbrace":
         if parts == [()]:
             yield Bag((), is_set=True)
             return

@@ -163,7 +163,7 @@ def _points(names: list[str], a: Expr, b: Expr, log_base: str = "e") -> "Iterato
         kinds = ["whole"]
     found = 0
     for kind in kinds:
-        for index in range(_POINTS):
+        for index in range(4 * _POINTS if steps and kind == "whole" else _POINTS):
             env = {name: _coordinate(name, index, kind) for name in names}
             values = [_at(e, env, log_base, real=real) for e in (a, b)]
             if None in values:
@@ -194,7 +194,7 @@ def _at(expr: Expr, env: dict[str, Fraction], log_base: str, *, real: bool) -> A
 def _coordinate(name: str, index: int, kind: str) -> Fraction:
     noise = int.from_bytes(blake2b(f"{name}/{index}".encode(), digest_size=8).digest())
     if kind == "whole":
-        return Fraction(index + 1 + noise % 3) if index < 6 else Fraction(20 + noise % 400)
+        return Fraction(index + 1 if index % 4 else 1 + noise % 400)
     value = Fraction(noise % 9_973 + 1_009, 4_093 + noise % 89)
     if kind == "positive":
         return value
