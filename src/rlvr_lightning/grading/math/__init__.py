@@ -26,6 +26,7 @@ _ALTERNATIVES = re.compile(r"\s*(?:\\(?:text|textrm|mathrm|mbox)\s*\{\s*OR\s*\}|
 
 _INSIDE_TEXT = re.compile(r"\\(?:text|mbox|mathrm)\s*\{([^{}]*)\bOR\b([^{}]*)\}")
 
+_CONDITION = re.compile(r"(?:\\text\s*\{\s*,?\s*)?\b(?:for|where)\b.*|\\forall.*|,\s*[a-z]\s*\\in\s*\\mathbb.*", re.DOTALL)
 _BEST_FIRST: tuple[Verdict, ...] = ("correct", "wrong", "unparsable", "error")
 
 extract = last_boxed
@@ -66,7 +67,10 @@ def _compare(gold: str, candidate: str) -> Verdict:
     # Only where a letter is asked for is "C. 12 cm" the letter C, and then "D = C" is not.
     foreign = Named if any(isinstance(r, Choice) for r in expected) else Choice
     found = tuple(r for r in found if not isinstance(r, foreign))
-    return "correct" if same(expected, found) else "wrong" if found else "unparsable"
+    if not same(expected, found):
+        return "wrong" if found else "unparsable"
+    conditions = {canonical(c[0]) for c in (_CONDITION.search(gold), _CONDITION.search(candidate)) if c}
+    return "correct" if len(conditions) < 2 else "wrong"
 
 
 def _all_are_listed(golds: list[str], extracted: str) -> bool:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from rlvr_lightning.grading.math.tree import Expr, minus, num, substitute
-from rlvr_lightning.grading.math.units import COUNTS, Unit
+from rlvr_lightning.grading.math.tree import Expr, minus, num, substitute, symbols
+from rlvr_lightning.grading.math.units import COUNTS, DEGREE, Unit
 from rlvr_lightning.grading.math.value import constant, equal, proportional
 
 _ZERO = num(0)
@@ -25,7 +25,8 @@ class Value:
         if other.unit & COUNTS and other.unit != self.unit:
             return False
         if self.unit and other.unit and self.unit != other.unit:
-            return False
+            degrees = DEGREE in (self.unit, other.unit) and self.unit & other.unit == DEGREE  # 25 degrees, of Celsius
+            return degrees and equal(self.expr, other.expr)
         return equal(self.expr, other.expr)
 
 
@@ -104,12 +105,14 @@ class Bag:
     def meets(self, other: "Bag") -> bool:
         """Return whether each answer of one has its partner in the other."""
         mine, theirs = list(self.items), list(other.items)
-        if self.is_set or other.is_set:
+        if self.is_set:
             mine, theirs = _distinct(mine), _distinct(theirs)
         if len(mine) != len(theirs):
             return False
         if _has_names(mine) != _has_names(theirs):  # x = 2, y = 3 is met by 2, 3 and not by 3, 2
-            return all(same(a, b) for a, b in zip(mine, theirs, strict=True))
+            bare = theirs if _has_names(mine) else mine
+            named = any(isinstance(r, Named) for item in bare for r in item)  # x = 1, 2 is x = 1, x = 2
+            return not named and all(same(a, b) for a, b in zip(mine, theirs, strict=True))
         for item in mine:
             partner = next((i for i, candidate in enumerate(theirs) if same(item, candidate)), None)
             if partner is None:
@@ -168,7 +171,10 @@ class Region:
 
     def meets(self, other: "Region") -> bool:
         """Return whether it is the same set of numbers."""
-        if (self.name and other.name and self.name != other.name) or len(self.pieces) != len(other.pieces):
+        symbolic = any(symbols(end) for p in self.pieces for end in (p.low, p.high))
+        if self.name != other.name and (symbolic or (self.name and other.name)):
+            return False
+        if len(self.pieces) != len(other.pieces):
             return False
         return all(
             (a.low_closed, a.high_closed) == (b.low_closed, b.high_closed) and equal(a.low, b.low) and equal(a.high, b.high)

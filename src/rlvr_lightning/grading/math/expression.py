@@ -16,6 +16,8 @@ _GREEK = frozenset(
         "psi omega Pi Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega ell hbar"
     ).split()
 )
+_FUNCTION_NAMES = frozenset(["f", "g", "F", "G", "\\phi", "\\varphi", "\\sigma", "\\tau"])
+"""Letters that stand for a function in front of a bracket, and not for a factor."""
 _TIMES = ("cdot", "times", "*")
 _CLOSERS = {"(": ")", "[": "]", "{": "}", "lbrace": "rbrace"}
 
@@ -101,6 +103,9 @@ class _Parser:
                 result = Expr("div", (result, self.signed_power()))
             elif self.starts_factor(token):
                 if token.kind == "num" and self.tokens[self.at - 1].kind == "num":
+                    raise Unparsable("two numbers side by side")
+                after = self.peek(1)
+                if token.is_("{") and self.tokens[self.at - 1].kind == "num" and after and after.kind == "num":
                     raise Unparsable("two numbers side by side")
                 result = Expr("mul", (result, self.power()))
             else:
@@ -240,6 +245,14 @@ class _Parser:
         if self.sees("(") and value and value.kind == "num" and closing and closing.is_(")"):
             self.at += 3  # I(0) is a value of I, not a product
             name += f"({value.text})"
+        if self.sees("(") and name.rstrip("'") in _FUNCTION_NAMES:
+            self.take("(")
+            arguments = [self.sum()]
+            while self.sees(","):
+                self.take(",")
+                arguments.append(self.sum())
+            self.take(")")
+            return Expr("call", (name, *arguments))
         constants = {"e": Expr("e"), "i": Expr("i")}
         return constants.get(name) or Expr("sym", (name,))
 

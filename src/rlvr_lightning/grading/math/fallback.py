@@ -5,7 +5,7 @@ from typing import Any
 
 from rlvr_lightning.grading.verdict import Verdict
 
-_READABLE = re.compile(r"\\(?:sum|prod|int(?=\s*_)|lim|operatorname|pmod|bmod|equiv|gcd|lcm|max|min)(?![A-Za-z])")
+_READABLE = re.compile(r"\\(?:sum|prod|int(?=\s*_)|operatorname|pmod|bmod|equiv|gcd|lcm|max|min)(?![A-Za-z])")
 _WORDS = re.compile(r"\\(?:text|mathrm|mbox)|[A-Za-z]{4,}(?<!frac)(?<!sqrt)|%|=|<|>|,")
 _LIMITS = re.compile(r"[_^]\s*(?:\{[^{}]*\}|\w|\\infty)")
 _DIGITS = 50

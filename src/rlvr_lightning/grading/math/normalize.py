@@ -61,9 +61,14 @@ _RENAMED = (
     (re.compile(r"\\colorbox\s*\{[^{}]*\}"), " "),
     (re.compile(r"\\fbox(?![A-Za-z])"), " "),
     (re.compile(r"\\mathring\s*\{\s*A\s*\}|\\AA(?![A-Za-z])"), r" \\text{angstrom}"),
-    (re.compile(r"(?<=[\d}])\s*\\mu\s*\\?(?:text|mathrm)?\s*\{?\s*m\}?(?![A-Za-z])"), r" \\text{micrometer}"),
-    (re.compile(r"(?<=\d)\s*\\Omega(?![A-Za-z])"), r" \\text{ohm}"),
-    (re.compile(r"(?<=\d)\^\s*\{?\s*\\?(?:text|mathrm)?\s*\{?\s*(?:o|\\circ)\}?\s*\}?(?![A-Za-z])"), r"^{\\circ}"),
+    (re.compile(r"(?<=[\d}])\s*(?:\\,|\s)*\\mu\s*\\(?:text|mathrm)\s*\{\s*m\s*\}"), r" \\text{micrometer}"),
+    (re.compile(r"(?<=\d)\s+\\Omega(?![A-Za-z])"), r" \\text{ohm}"),
+    (
+        re.compile(
+            r"(?<=\d)\^\s*(?:\{\s*(?:\\(?:text|mathrm)\s*\{\s*o\s*\}|o)\s*\}|\\(?:text|mathrm)\s*\{\s*o\s*\}|o(?![a-z]))"
+        ),
+        r"^{\\circ}",
+    ),
     (re.compile(r"(?<=\d)\^\s*\{?\s*\\(?:text|mathrm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?|(?<=\d)(?:st|nd|rd|th)\b"), r" "),
     (
         re.compile(
@@ -76,6 +81,16 @@ _RENAMED = (
     (re.compile(r"\\[dt]binom(?![A-Za-z])"), r"\\binom"),
     (re.compile(r"\\(?:leq|leqslant|leqq)(?![A-Za-z])"), r"\\le"),
     (re.compile(r"\\(?:geq|geqslant|geqq)(?![A-Za-z])"), r"\\ge"),
+    (re.compile(r"<="), r"\\le "),
+    (re.compile(r">="), r"\\ge "),
+    (re.compile(r"(?<=[a-z\s])!=\s"), r"\\ne "),
+    (re.compile(r"\\bigcup(?![A-Za-z])"), r"\\cup "),
+    (
+        re.compile(
+            r"\\pmod\s*(?:\{\s*(\w+)\s*\}|(\w))|\(?\s*(?:\\bmod|\\text\s*\{\s*mod\s*\}|\\mod|\bmod\b)\s*\{?(\w+)\}?\s*\)?"
+        ),
+        r"\\pmod{\1\2\3}",
+    ),
     (re.compile(r"\\lt(?![A-Za-z])"), "<"),
     (re.compile(r"\\gt(?![A-Za-z])"), ">"),
     (re.compile(r"\\neq(?![A-Za-z])"), r"\\ne"),
@@ -112,6 +127,7 @@ _ESCAPED_TWICE = re.compile(r"\\\\(?=[A-Za-z{}])")
 _PRIMES = re.compile(r"\^\s*(?:\{\s*((?:\\prime\s*)+)\}|(\\prime)(?![A-Za-z]))")
 _PLAIN_ROOT = re.compile(r"(?:√|(?<![\\A-Za-z])sqrt)\s*(\d+(?:\.\d+)?)")
 _QUOTES = re.compile(r"(\*\*|[\"`])(.*)\1", re.DOTALL)
+_CUBE_ROOT = re.compile(r"∛\s*(\d+(?:\.\d+)?)")
 _SINGLE = re.compile(r"\{([.:=<>])\}")
 _CODE = re.compile(r"(?<![\w.])(?:np|numpy|math|sympy|sp)\.(?=[a-z])")
 _UNSPACED = re.compile(r"(?<![\w.,])\s+|\s+(?![\w.,\\])")
@@ -128,7 +144,7 @@ def normalize(text: str) -> str:
     text = _ROW.sub(r"\\cr ", text if "\\begin" in text else _ESCAPED_TWICE.sub(r"\\", text))
     text = _RAISED.sub(lambda m: "^{" + "".join(_SUPERSCRIPTS[c] for c in m[0]) + "}", text)
     text = _LOWERED.sub(lambda m: "_{" + "".join(_SUBSCRIPTS[c] for c in m[0]) + "}", text)
-    text = _PLAIN_ROOT.sub(r"\\sqrt{\1}", text)
+    text = _CUBE_ROOT.sub(r"\\sqrt[3]{\1}", _PLAIN_ROOT.sub(r"\\sqrt{\1}", text))
     text = unicodedata.normalize("NFKC", text.translate(_TABLE)).translate(_TABLE)
     text = "".join(c if c.isprintable() else " " for c in text)
     text = _QUOTES.sub(r"\2", text.strip())
@@ -142,7 +158,7 @@ def normalize(text: str) -> str:
     text = _DELIMITERS.sub(" ", text)
     text = text.replace("**", "^")
     text = _TIMES_TEN.sub(r"\\times ", text)
-    text = " ".join(text.split()).rstrip(",;: ").strip()
+    text = " ".join(text.split()).rstrip(",;:\\ ").strip()
     return text[:-1].rstrip(",;: ") if text.endswith(".") and not text.endswith("..") else text
 
 

@@ -7,7 +7,7 @@ from rlvr_lightning.grading.math.answers import NO_UNIT, Bag, Ratio, Value
 from rlvr_lightning.grading.math.expression import parse
 from rlvr_lightning.grading.math.tokens import FUNCTIONS, Token, Tokens, Unparsable, matching, says, split
 from rlvr_lightning.grading.math.tree import Expr, num, sign_choices, symbols, uses
-from rlvr_lightning.grading.math.units import DEGREE, RADIAN, SHORT, Unit, known, read_unit
+from rlvr_lightning.grading.math.units import DEGREE, RADIAN, SHORT, SKIPPED, Unit, known, read_unit
 
 
 def ratio(tokens: Tokens) -> Iterator[Ratio]:
@@ -53,7 +53,11 @@ def _takes_unit(expr: Expr, unit: Unit, tail: Tokens) -> bool:
         return True
     if all(text in SHORT for text in bare):
         return not bare or not symbols(expr)
-    return _is_numeral(expr) and all(len(text) == 1 for text in bare) and not any(t.is_("^") for t in tail if len(bare) == 1)
+    return (
+        _is_numeral(expr)
+        and all(len(text) == 1 or text in SHORT for text in bare)
+        and not any(t.is_("^") for t in tail if len(bare) == 1)
+    )
 
 
 def _is_numeral(expr: Expr) -> bool:
@@ -89,7 +93,7 @@ def _units(tokens: Tokens) -> Iterator[tuple[Tokens, Unit, int]]:
         return
     head, tail = tokens[:start], tokens[start:]
     found = read_unit(_spelled(tail))
-    if found is None or (not found[0] and not found[1]):
+    if found is None or (not found[0] and not found[1] and not SKIPPED.issuperset(_spelled(tail).split())):
         return
     yield head, *found
 

@@ -17,7 +17,7 @@ def exact(expr: Expr) -> Fraction | None:
     op, args = expr.op, expr.args
     if op == "num":
         return args[0]
-    if op in ("sym", "pi", "e", "i", "inf", "deg"):
+    if op in ("sym", "pi", "e", "i", "inf", "deg", "call"):
         return None
     values = [exact(a) for a in args]
     if any(v is None for v in values):

@@ -31,7 +31,7 @@ from rlvr_lightning.grading.math.quantities import ratio, value
 from rlvr_lightning.grading.math.relations import implication, intersection, membership, relation
 from rlvr_lightning.grading.math.tokens import Tokens, Unparsable, matching, says, split, tokenize
 from rlvr_lightning.grading.math.tree import Expr, num, uses
-from rlvr_lightning.grading.math.units import STOP_WORDS
+from rlvr_lightning.grading.math.units import MISLEADING, STOP_WORDS
 from rlvr_lightning.grading.math.words import based, choices, clocks, of_tokens, words
 
 _STRUCTURAL = frozenset("Rightarrow , ; in = approx sim < > le ge ne equiv vee lor wedge land".split())
@@ -63,16 +63,27 @@ def read(text: str) -> Readings:
         return read(_SENTENCE.sub(r"\2", plain))
     if text in _SIGNS:  # which operation is it?
         return (Word(text),)
-    readings = [*choices(plain), *based(plain), *clocks(plain)]
-    for grouped in (True, False) if re.search(r"\d,[1-9]\d\d", text) else (True,):
+    if numeral := tuple(based(plain)):
+        return numeral
+    readings = [*choices(plain), *clocks(plain)]
+    for grouped in _groupings(text):
         try:
             tokens = tokenize(text, grouped=grouped)
         except Unparsable:
             continue
         readings += _read(tokens, 0)
+        if grouped and any(isinstance(v, Value) for r in readings for v in (r.value if isinstance(r, Named) else (r,))):
+            break
     if not any(isinstance(r, Value) and r.unit for r in readings):
         readings += words(plain, as_text=plain != text)
     return tuple(dict.fromkeys(readings))
+
+
+def _groupings(text: str) -> tuple[bool, ...]:
+    """Return whether ``1,250`` may be one number (True) or two (False); in brackets it is two."""
+    if not re.search(r"\d,[1-9]\d\d", text):
+        return (True,)
+    return (False,) if text[0] in "([" and text[-1] in ")]" else (True, False)
 
 
 def _read(tokens: Tokens, depth: int) -> Readings:
@@ -121,11 +132,14 @@ def _without_condition(tokens: Tokens) -> Tokens:
     r"""Return the tokens before a clause that says for which values: ``, k \in \mathbb{Z}``, "for all x", "where ..."."""
     for index, token in enumerate(tokens[1:], start=1):
         said = token.text.lower().split() if token.kind in ("text", "word") else []
-        if (said[:1] in (["for"], ["where"]) or token.is_("forall")) and index + 1 <= len(tokens):
-            return _bare(tokens[:index])
+        if said[:1] in (["for"], ["where"]) or token.is_("forall"):
+            clause = tokens[index + 1 :]
+            words = {w for t in (token, *clause) if t.kind in ("text", "word") for w in t.text.lower().split()}
+            cases = any(t.is_(",", ";") for t in clause) or words & {"if", "otherwise", "and", "or", "even", "odd"}
+            return tokens if cases or words & (STOP_WORDS - {"for", "where", "is"}) else _bare(tokens[:index])
     if len(tokens) > 4 and tokens[-2].is_("in") and tokens[-1].kind == "cmd" and tokens[-1].text.startswith("mathbb"):
-        parts = split(tokens, lambda t: t.is_(",", ";"))
-        if len(parts) > 1 and len(parts[-1]) == 3:
+        bounded = any(t.is_("<", ">", "le", "ge", "ne") for t in tokens) and not tokens[-1].is_("mathbbR")
+        if tokens[-4].is_(",", ";") and not bounded:
             return _bare(tokens[:-4])
     return tokens
 
@@ -133,7 +147,7 @@ def _without_condition(tokens: Tokens) -> Tokens:
 def _introduces(text: str) -> bool:
     """Return whether words in front of an answer say no more than that it is one."""
     text = text.lower().strip()
-    return bool(_PREFIX.fullmatch(text)) and not STOP_WORDS & (set(re.findall("[a-z]+", text)) - _HARMLESS)
+    return bool(_PREFIX.fullmatch(text)) and not MISLEADING & (set(re.findall("[a-z]+", text)) - _HARMLESS)
 
 
 def _alternatives(tokens: Tokens, inner: Callable[[Tokens], Readings]) -> Readings | None:
@@ -153,10 +167,11 @@ def _list(tokens: Tokens, inner: Callable[[Tokens], Readings]) -> Readings | Non
     parts = [p for p in parts if p]
     if len(parts) == 1:
         return None
-    return _joined([inner(p) for p in parts], both=True)
+    commas = not any(says(t, "and", "wedge", "land") for t in tokens)
+    return _joined([inner(p) for p in parts], both=True, commas=commas)
 
 
-def _joined(items: list[Readings], *, both: bool) -> Readings:
+def _joined(items: list[Readings], *, both: bool, commas: bool = False) -> Readings:
     if len(items) < 2 or not all(items):
         return ()
     regions = [next((r for r in item if isinstance(r, Region)), None) for item in items]
@@ -178,6 +193,8 @@ def _joined(items: list[Readings], *, both: bool) -> Readings:
                     result = intersection(result, region)
                 if result.pieces:
                     readings.append(result)
+                elif commas:  # x < -1, x > 1
+                    readings.append(union([p for r in known_regions for p in r.pieces], name))
             else:
                 readings.append(union([p for r in known_regions for p in r.pieces], name))
         except TypeError:  # symbolic ends
@@ -202,6 +219,8 @@ def _flat(items: list[Readings]) -> Iterator[Readings]:
     for item in items:
         if _two_values(item) and isinstance(item[0], Bag):
             yield from item[0].items
+        elif (named := next((r for r in item if isinstance(r, Named) and _two_values(r.value)), None)) is not None:
+            yield from ((Named(named.name, value),) for bag in named.value if isinstance(bag, Bag) for value in bag.items)
         else:
             yield item
 

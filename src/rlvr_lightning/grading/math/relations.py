@@ -24,7 +24,7 @@ from rlvr_lightning.grading.math.answers import (
 )
 from rlvr_lightning.grading.math.expression import parse
 from rlvr_lightning.grading.math.tokens import Token, Tokens, Unparsable, split
-from rlvr_lightning.grading.math.tree import Expr, minus, sign_choices, symbols
+from rlvr_lightning.grading.math.tree import Expr, minus, sign_choices, symbols, uses
 from rlvr_lightning.grading.math.units import STOP_WORDS
 from rlvr_lightning.grading.math.value import constant
 
@@ -101,7 +101,7 @@ def _equation(sides: list[Tokens], inner: "Inner") -> list[Answer]:
             difference = minus(parse(sides[0]), parse(sides[1]))
         except Unparsable:
             return readings
-        if symbols(difference):
+        if symbols(difference) and not uses(difference, "pm", "mp"):
             readings.append(Equation(difference))
     return readings
 
@@ -119,7 +119,7 @@ def _approximation(sides: list[Tokens], inner: "Inner") -> Readings:
     digits = next((t.text.partition(".")[2] for t in sides[1] if t.kind == "num"), "")
     if first is None or second is None or abs(first - second) > 0.5001 * 10.0 ** -len(digits):
         return ()
-    readings = tuple(dict.fromkeys([*_unnamed(exact), *rounded]))
+    readings = tuple(dict.fromkeys([*_unnamed(exact), *(rounded if digits else ())]))
     return (Named(name, readings),) if name else readings
 
 
@@ -243,6 +243,8 @@ def is_name(tokens: Tokens) -> bool:
     said = [word for t in head if t.kind in ("word", "text") for word in t.text.lower().split()]
     if len(said) > 6 or STOP_WORDS & set(said):
         return False
+    if len(head) == 3 and head[0].is_("|") and head[1].text.islower() and head[1].text != "z":
+        return False  # |x| = 5 does not say what x is
     depth = 0
     for index, token in enumerate(head):
         subscript = index > 0 and ((token.kind == "num" and head[index - 1].is_("_")) or depth > 0)

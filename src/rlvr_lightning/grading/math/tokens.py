@@ -7,6 +7,8 @@ from fractions import Fraction
 from itertools import accumulate
 from typing import Literal
 
+from rlvr_lightning.grading.math.units import known
+
 Kind = Literal["num", "sym", "word", "text", "cmd", "begin", "end", "punc"]
 
 FUNCTIONS = frozenset(
@@ -15,7 +17,16 @@ FUNCTIONS = frozenset(
         "exp cis sqrt cbrt abs floor ceil asin acos atan arsinh arcosh artanh"
     ).split()
 )
-_CONSTANTS = {"pi": "pi", "Pi": "pi", "PI": "pi", "infinity": "infty", "Infinity": "infty", "infty": "infty", "inf": "infty"}
+_CONSTANTS = {
+    "pi": "pi",
+    "Pi": "pi",
+    "PI": "pi",
+    "infinity": "infty",
+    "Infinity": "infty",
+    "infty": "infty",
+    "inf": "infty",
+    "oo": "infty",
+}
 _TEXT_COMMANDS = frozenset(
     (
         "text textrm textbf textit textsf texttt textup textnormal mbox hbox mathrm mathbf mathit mathsf mathtt "
@@ -39,7 +50,8 @@ _TOKEN = re.compile(
     r"|(?P<word>[A-Za-z]+)"
     r"|\\(?P<esc>[$%])|(?P<dots>\.\.\.+|\u2026)|(?P<punc>[^\s\\])|(?P<space>\s+)"
 )
-_LETTERS = re.compile(r"[A-Z](?:(?:,| and|, and| or) [A-Z])+")
+_LETTERS = re.compile(r"\(?[A-Z]+\)?(?:(?:,| and|, and| or) \(?[A-Z]+\)?)+|[a-zA-Z](?: ?[-+*/^=<>] ?[a-zA-Z0-9])+")
+_DOLLAR = re.compile(r"(?<!\\)\$")
 _CODE_NUMERAL = re.compile(r"(?<![\w.])0[xXbBoO][0-9A-Fa-f]")
 _ARGUMENT = re.compile(r"\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}|\s*([A-Za-z])(?![A-Za-z])")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\s*\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
@@ -102,7 +114,12 @@ def tokenize(text: str, *, grouped: bool = True) -> Tokens:
                 continue  # a font switch such as {\mathbf ...
             position = argument.end()
             content = argument[1] if argument[1] is not None else argument[2]
-            tokens += _text(found, content, spaced or content[:1].isspace(), grouped)
+            behind = bool(tokens) and (tokens[-1].kind in ("num", "text") or tokens[-1].is_("}", ")", "pi"))
+            behind = behind or (len(tokens) > 1 and tokens[-1].is_("cdot", "/") and tokens[-2].kind == "text")
+            if behind and len(content.strip()) == 1 and known(content.strip()):  # upright behind a number: a unit
+                tokens.append(Token("text", content.strip(), spaced=True))
+            else:
+                tokens += _text(found, content, spaced or content[:1].isspace(), grouped)
         elif kind == "word":
             tokens += _letters(found, spaced)
         elif kind == "esc":
@@ -166,11 +183,11 @@ def _text(command: str, content: str, spaced: bool, grouped: bool) -> list[Token
         return [Token(command, content.strip(), spaced=spaced)]
     if command == "mathbb":
         return [Token("cmd", "mathbb" + content.strip(), spaced=spaced)]
-    words = " ".join(content.replace("$", " ").split())
+    words = " ".join(_DOLLAR.sub(" ", content).split())
     bare = words.strip("() ")
     as_mathematics = (
         not re.search("[A-Za-z]", words)
-        or re.search(r"\d|\\\\", words)
+        or re.search(r"\d|\\", words)
         or _LETTERS.fullmatch(words)
         or (len(bare) == 1 and bare.isalpha())
     )

@@ -30,8 +30,9 @@ _COMPOUND = {
 }
 _CASED = {"C", "F", "N", "J", "W", "V", "A", "K", "T", "L", "s", "m", "g", "h", "l"}
 """Single letters that are units in this case only."""
-_SKIPPED = {"of", "the", "a", "an", "total", "each", "long", "tall", "wide", "about", "exactly", "old"}
-COUNTS = frozenset({("%", 1), ("rad", 1), ("dozen", 1), ("pair", 1), ("score", 1), ("gross", 1), ("couple", 1)})
+SKIPPED = {"of", "the", "a", "an", "total", "each", "long", "tall", "wide", "about", "exactly", "old"}
+"""Words behind a number that say nothing about its unit."""
+COUNTS = frozenset({("%", 1), ("rad", 1), ("dozen", 1), ("score", 1), ("gross", 1), ("couple", 1)})
 """Units that are factors: a ground truth without them is not met by an answer with them."""
 STOP_WORDS = frozenset(
     (
@@ -43,16 +44,22 @@ STOP_WORDS = frozenset(
         "opposite than then double triple as many permille ppm percentile quadrillion quintillion lakh crore tens "
         "hundreds thousands millions billions trillions matrix grid board table array one two three four five six "
         "seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty "
-        "thirty forty fifty sixty seventy eighty ninety thirds thousandths first"
+        "thirty forty fifty sixty seventy eighty ninety thirds thousandths first "
+        "false untrue excluded excluding unknown supposedly hopefully likely estimated estimate ish mistake unlike "
+        "different besides exceeds basis mil mn bn grand fold factorials turns exclusive short decrease increase subtracted"
     ).split()
 )
 """Words that change what a number says, so they are no units, no names and no introduction."""
+MISLEADING = STOP_WORDS | frozenset(
+    "square cube complement logarithm log bound error incorrectly sum difference product distractor limit average mean".split()
+)
+"""Words that introduce something else than the answer."""
 _ORDINAL = re.compile(r"(?!(?:month|length|width|path|depth|bath|death|birth|cloth)s?$)\w+ths?|\w+n't|[a-z]*fifths?")
 _POWERS = {"square": 2, "squared": 2, "sq": 2, "cubic": 3, "cubed": 3, "cu": 3}
 _WORD = re.compile(r"[A-Za-z'-]+|[%$€£¥¢]|[²³]|/|\^\{?-?\d+\}?|\d+")
 
 
-SHORT = frozenset(["cm", "km", "mm", "ft", "kg", "lb", "yd", "mi"])
+SHORT = frozenset(["cm", "km", "mm", "ft", "kg", "lb", "yd", "mi", "sq", "cu"])
 """Units of two letters that hardly ever are a product of two symbols."""
 
 
@@ -61,7 +68,7 @@ def known(word: str) -> bool:
     if len(word) == 1:
         return word in _CASED
     low = word.lower()
-    return low in _NAMES or low.rstrip("s") in _NAMES or low in _COMPOUND or low in _POWERS or low in SCALES
+    return low in _NAMES or low.rstrip("s") in _NAMES or low in _COMPOUND or low in _POWERS or low in SCALES or low == "per"
 
 
 def read_unit(text: str) -> tuple[Unit, int] | None:
@@ -76,9 +83,11 @@ def read_unit(text: str) -> tuple[Unit, int] | None:
         word = part if len(part) == 1 else part.lower()
         if part[0] == "M" and word in ("mw", "mhz", "mg"):
             word = "mega" + word[1:]
+        if word in ("positive", "negative") and not text.rstrip().lower().endswith(word):
+            continue
         if word in STOP_WORDS or part.isdigit() or _ORDINAL.fullmatch(word):
             return None
-        if word in _SKIPPED:
+        if word in SKIPPED:
             continue
         if word in ("per", "/"):
             sign = -1

@@ -154,21 +154,23 @@ def _agree(a: Expr, b: Expr, names: list[str], log_base: str) -> bool:
 def _points(names: list[str], a: Expr, b: Expr, log_base: str = "e") -> "Iterator[tuple[Any, Any]]":
     """Yield both values at points where both are defined: real ones of either sign, else positive, else whole numbers.
 
-    Rational values are exact. With floor or ceiling, whole numbers come too, and alone for names that stand for integers.
+    Rational values are exact. With floor or ceiling, whole numbers come first, and alone for names that stand for integers.
     """
     real = not uses(a, "i", "cis") and not uses(b, "i", "cis")
     steps = uses(a, "floor", "ceil") or uses(b, "floor", "ceil")
-    kinds = ["whole", "mixed"] if steps else ["mixed", "positive", "whole"]
-    if steps and all(name[0] in "nmkNMKijpqab" for name in names):
-        kinds = ["whole"]
+    if steps:
+        whole = frozenset(name for name in names if name[0] in "nmkNMKij")
+        kinds = [(frozenset(names), 32)] if len(whole) == len(names) else [(frozenset(names), 16), (frozenset(), _POINTS)]
+    else:
+        kinds = [(frozenset(), _POINTS), (None, _POINTS), (_in_exponents(a) | _in_exponents(b), 16), (frozenset(names), 16)]
     found = 0
-    for kind in kinds:
-        for index in range(4 * _POINTS if steps and kind == "whole" else _POINTS):
-            env = {name: _coordinate(name, index, kind) for name in names}
+    for integers, count in kinds:
+        for index in range(count):
+            env = {name: _coordinate(name, rank, index, integers) for rank, name in enumerate(names)}
             values = [_at(e, env, log_base, real=real) for e in (a, b)]
             if None in values:
                 # |x| and (sqrt x)^2 differ where only one of them exists
-                if kind == "mixed" and values != [None, None] and (uses(a, "abs") or uses(b, "abs")):
+                if integers == frozenset() and values != [None, None] and (uses(a, "abs") or uses(b, "abs")):
                     yield (Fraction(0), Fraction(1))
                 continue
             found += 1
@@ -177,6 +179,12 @@ def _points(names: list[str], a: Expr, b: Expr, log_base: str = "e") -> "Iterato
             yield (values[0], values[1])
         if found >= 3 and not steps:
             return
+
+
+def _in_exponents(expr: Expr) -> frozenset[str]:
+    """Return the symbols in exponents."""
+    own = symbols(expr.args[1]) if expr.op == "pow" else frozenset()
+    return own.union(*(_in_exponents(a) for a in expr.args if isinstance(a, Expr)))
 
 
 def _at(expr: Expr, env: dict[str, Fraction], log_base: str, *, real: bool) -> Any | None:
@@ -191,14 +199,16 @@ def _at(expr: Expr, env: dict[str, Fraction], log_base: str, *, real: bool) -> A
 
 
 @lru_cache(4096)
-def _coordinate(name: str, index: int, kind: str) -> Fraction:
+def _coordinate(name: str, rank: int, index: int, integers: frozenset[str] | None) -> Fraction:
+    """Return one symbol's value at one point: a whole number, or a fraction (None: a positive one)."""
     noise = int.from_bytes(blake2b(f"{name}/{index}".encode(), digest_size=8).digest())
-    if kind == "whole":
-        return Fraction(index + 1 if index % 4 else 1 + noise % 400)
+    if integers and name in integers:
+        return Fraction(index + 1 if integers == {name} and index % 4 else 1 + noise % (400 if index % 4 == 3 else 12))
     value = Fraction(noise % 9_973 + 1_009, 4_093 + noise % 89)
-    if kind == "positive":
+    if integers is None:
         return value
-    return value * (1, 1, 10, 1, 100, 3, 1, 1)[index] * (-1 if (noise >> 16) % 2 else 1)
+    negative = (index >> rank) & 1 if rank < 3 else (noise >> 16) & 1  # the first three take every combination of signs
+    return value * (1, 1, 10, 1, 100, 3, 1, 1)[(index + rank) % 8] * (-1 if negative else 1)
 
 
 def _numeric(expr: Expr, env: dict[str, Fraction], log_base: str, digits: int, *, real: bool) -> Any:
@@ -233,6 +243,9 @@ class _Evaluator:
             return mp.j
         if op == "inf":
             raise Undefined("infinity")
+        if op == "call":  # an unknown function: any value that depends on nothing but its name and its arguments
+            key = "/".join([args[0], *(self.mp.nstr(self(a), 25) for a in args[1:])])
+            return self.fraction(Fraction(int.from_bytes(blake2b(key.encode(), digest_size=4).digest()) - 2**31, 10**9))
         values = [self(a) for a in args]
         if op == "add":
             return mp.fsum(values)

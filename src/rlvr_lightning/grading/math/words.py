@@ -7,6 +7,7 @@ from fractions import Fraction
 from rlvr_lightning.grading.math.answers import REALS, Based, Choice, Clock, Readings, Region, Value, Word
 from rlvr_lightning.grading.math.tokens import Tokens
 from rlvr_lightning.grading.math.tree import num
+from rlvr_lightning.grading.math.units import STOP_WORDS
 
 _BASES = {
     "two": 2,
@@ -29,7 +30,7 @@ _CHOICE = re.compile(r"\(?([A-Z])\)?[.):]*|\(([A-Z])\)(\s+[^\s(].*)|([A-Z])[.):]
 _NAMED_CHOICE = re.compile(r"^(?:the )?(?:option|choice|answer)(?: is)?:? (?=\(?[A-Z]\)?$)", re.IGNORECASE)
 _WORDY = re.compile(r"[\w\s.,:;'()/-]+")
 _PUNCTUATION = re.compile(r"(?<!\d)[.,;:'](?!\d)|[.,;:](?!\S)|(?<=[A-Za-z]{3})-(?=[A-Za-z]{3})")
-_SHORT_WORDS = frozenset("yes no odd red one two six ten all may sun mon tue wed thu fri sat".split())
+_SHORT_WORDS = frozenset("yes no true false none even odd red one two six ten all may sun mon tue wed thu fri sat".split())
 _NUMBER_WORDS = {
     word: value
     for value, word in enumerate(
@@ -40,13 +41,22 @@ _NUMBER_WORDS = {
     )
 }
 _REALS = {"all real numbers", "all reals", "real numbers", "any real number", "every real number"}
-_EMPTY = {"no solution", "no solutions", "no real solution", "no real solutions", "empty set", "there are no solutions"}
+_EMPTY = {
+    "no solution",
+    "no solutions",
+    "no real solution",
+    "no real solutions",
+    "empty set",
+    "there are no solutions",
+    "there is no solution",
+}
 
 
 def choices(plain: str) -> Iterator[Choice]:
     """Read the letter of a choice, with or without what it stands for."""
     match = _CHOICE.fullmatch(_NAMED_CHOICE.sub("", plain))
-    if match and not re.search(r"\b[A-Z]\b|\b(?:or|and|not|no|wrong)\b", match[3] or match[5] or ""):
+    rest = (match[3] or match[5] or "") if match else ""
+    if match and not re.search(r"\b[A-Z]\b", rest) and not STOP_WORDS & set(re.findall("[a-z]+", rest.lower())):
         yield Choice(match[1] or match[2] or match[4])
 
 
@@ -85,8 +95,15 @@ def words(plain: str, *, as_text: bool) -> Iterator[Word | Value | Region]:
         as_text: it was written as ``\text``, so short words are words, and not products of symbols.
     """
     plain = plain.removeprefix("(").removesuffix(")") if plain.count("(") == plain[:1].count("(") else plain
-    if not _WORDY.fullmatch(plain) or not (re.search("[A-Za-z]{4}", plain) or plain.lower() in _SHORT_WORDS or as_text):
+    capitals = len(plain) > 1 and plain.isupper() and plain.isalpha() and plain.lower() not in _SHORT_WORDS
+    if not _WORDY.fullmatch(plain) or not (
+        capitals or re.search("[A-Za-z]{4}", plain) or plain.lower() in _SHORT_WORDS or as_text
+    ):
         return
+    if capitals:
+        yield Word(plain)  # letters, such as the names of points in their order
+        if not as_text or len(plain) < 4:
+            return
     text = " ".join(_PUNCTUATION.sub(" ", plain).casefold().split())
     if re.search(r"[-/()]", text):
         return
