@@ -314,8 +314,9 @@ def test_a_test_writes_every_sample_and_its_results(
     accuracy = sum(row["correct"] for row in rows) / 14
     assert entry["metrics"]["accuracy"] == entry["metrics"]["avg@2"] == accuracy
     assert entry["metrics"]["length"] == sum(row["tokens"] for row in rows) / 14
-    low, high = entry["intervals"]["accuracy"]
-    assert low <= accuracy <= high
+    assert entry["intervals"].keys() == entry["metrics"].keys()
+    for key, (low, high) in entry["intervals"].items():
+        assert low <= entry["metrics"][key] <= high, key
     assert {s: v["problems"] for s, v in entry["subjects"].items()} == {"even": 4, "odd": 3}
     assert sum(entry["reasons"].values()) == 14
     assert entry["tokens_per_s"] == pytest.approx(sum(row["tokens"] for row in rows) / entry["seconds"])

@@ -9,7 +9,7 @@ import pytest
 
 from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.evaluation import statistics
-from rlvr_lightning.evaluation.statistics import accuracy, bootstrap_interval, paired_difference
+from rlvr_lightning.evaluation.statistics import accuracy, bootstrap_interval, mean_interval, paired_difference
 
 
 def verdicts(num_problems: int, samples: int, seed: int) -> np.ndarray:
@@ -122,6 +122,20 @@ def test_swapping_the_sides_turns_the_sign() -> None:
     there, back = paired_difference(a, b), paired_difference(b, a)
     assert there.difference == -back.difference != 0
     assert there.p_value == back.p_value
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_the_interval_of_a_mean_is_that_of_the_accuracy(k: int) -> None:
+    correct = verdicts(60, k, seed=3)
+    assert mean_interval(correct) == pytest.approx(bootstrap_interval(correct), abs=0.02)
+
+
+def test_the_interval_of_a_mean_takes_problems_that_contribute_nothing() -> None:
+    low, high = mean_interval([[10.0, 20.0], [], [15.0], [12.0, 18.0, 15.0]])
+    assert 10 < low < 15 < high < 20
+    assert mean_interval([[], []]) == (0.0, 0.0)
+    with pytest.raises(ConfigError, match="at least one problem"):
+        mean_interval([])
 
 
 @pytest.mark.parametrize("empty", [[], [[True], []]])

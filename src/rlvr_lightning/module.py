@@ -6,7 +6,7 @@ micro-batch. The module never sees an engine: the rollout callback has attached 
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from rlvr_lightning.advantages import ADVANTAGES
 from rlvr_lightning.batching import RolloutBatch, group_rewards, plan_micro_batches, split_evenly
 from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.losses import Objective
-from rlvr_lightning.metrics import evaluation_metrics
+from rlvr_lightning.metrics import REFLECTION_WORDS, evaluation_metrics
 from rlvr_lightning.policy import Policy, PolicyConfig, PolicyWeights
 from rlvr_lightning.records import ProblemBatch
 
@@ -63,6 +63,7 @@ class RLVRModule(LightningModule):
         max_grad_norm: gradients are clipped to this global L2 norm.
         mismatch_limit: end the run, before any update, when engine and learner disagree about the log-probs of sampled
             tokens by more than this on average (nats); that is a bug or a stale engine, not noise.
+        reflection_words: evaluation counts the responses that contain one of them (`metrics.ReflectionRate`).
     """
 
     policy: Policy
@@ -78,6 +79,7 @@ class RLVRModule(LightningModule):
         tokens_per_micro_batch: int = 16384,
         max_grad_norm: float = 1.0,
         mismatch_limit: float = 0.1,
+        reflection_words: Sequence[str] = REFLECTION_WORDS,
     ) -> None:
         super().__init__()
         for key, value in (("updates_per_step", updates_per_step), ("tokens_per_micro_batch", tokens_per_micro_batch)):
@@ -95,6 +97,7 @@ class RLVRModule(LightningModule):
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.max_grad_norm = max_grad_norm
         self.mismatch_limit = mismatch_limit
+        self.reflection_words = tuple(reflection_words)
         self._reference: tuple[Policy, ...] = ()  # in a tuple: not a submodule, so never saved and never optimized
         self._evaluators: dict[str, MetricCollection] = {}
         self._seconds: dict[str, float] = defaultdict(float)
@@ -336,7 +339,9 @@ class RLVRModule(LightningModule):
     def _evaluate(self, batch: ProblemBatch) -> None:
         assert batch.rollouts is not None, "no rollouts attached: add RolloutCallback to the trainer"
         if batch.name not in self._evaluators:
-            self._evaluators[batch.name] = evaluation_metrics(batch.group_size, subjects=batch.subjects).to(self.device)
+            self._evaluators[batch.name] = evaluation_metrics(
+                batch.group_size, subjects=batch.subjects, reflection_words=self.reflection_words
+            ).to(self.device)
         self._evaluators[batch.name].update(batch.rollouts)
 
     def _log_evaluators(self, stage: str) -> None:

@@ -161,7 +161,12 @@ class EvaluationCallback(Callback):
             folder.write(name, groups)
             rollouts = [rollout for _, group in sorted(groups.items()) for rollout in group]
             likelihood = datamodule.eval_set(name).likelihood is not None
-            summaries[name] = summarize(rollouts, len(rollouts) // len(groups), likelihood=likelihood)
+            summaries[name] = summarize(
+                rollouts,
+                len(rollouts) // len(groups),
+                likelihood=likelihood,
+                reflection_words=pl_module.reflection_words,
+            )
         print(f"\n{table(folder.finish(summaries))}\nwritten to {folder.path}/", flush=True)
 
     def on_exception(self, trainer: Trainer, pl_module: RLVRModule, exception: BaseException) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 
 from rlvr_lightning.engines import Sampling
 from rlvr_lightning.errors import ConfigError
-from rlvr_lightning.evaluation.statistics import bootstrap_interval
+from rlvr_lightning.evaluation.statistics import accuracy, bootstrap_interval, mean_interval
 from rlvr_lightning.jsonl import append_lines, read_jsonl, write_lines
-from rlvr_lightning.metrics import RolloutMean, evaluation_metrics
+from rlvr_lightning.metrics import REFLECTION_WORDS, RolloutMean, evaluation_metrics
 from rlvr_lightning.records import Completion, Problem, Rollout, Score
 
 Fingerprint = dict[str, str]
@@ -85,37 +85,53 @@ def rollout_of(row: Mapping[str, Any], problem: Problem, policy_version: int) ->
     )
 
 
-def summarize(rollouts: Sequence[Rollout], samples_per_problem: int, *, likelihood: bool = False) -> dict[str, Any]:
+def summarize(
+    rollouts: Sequence[Rollout],
+    samples_per_problem: int,
+    *,
+    likelihood: bool = False,
+    reflection_words: Sequence[str] = REFLECTION_WORDS,
+) -> dict[str, Any]:
     """Return metrics, intervals, subjects and reasons of a complete set, as results.json holds them.
 
     Args:
         rollouts: group-major.
         samples_per_problem: n.
         likelihood: the set was scored without sampling, so nothing but the accuracy means anything.
+        reflection_words: what `metrics.ReflectionRate` looks for.
     """
+    groups = [rollouts[i : i + samples_per_problem] for i in range(0, len(rollouts), samples_per_problem)]
     metrics: dict[str, float] = {}
-    for key, metric in evaluation_metrics(samples_per_problem).items():
+    intervals: dict[str, list[float]] = {}
+    for key, metric in evaluation_metrics(samples_per_problem, reflection_words=reflection_words).items():
         assert isinstance(metric, RolloutMean)
         if not key.startswith("reason_") and (key == "accuracy" or not likelihood):
-            terms = metric.terms(rollouts)
-            metrics[key] = fsum(terms) / max(len(terms), 1)
-    correct = [rollout.score.correct for rollout in rollouts]
-    verdicts = [correct[i : i + samples_per_problem] for i in range(0, len(correct), samples_per_problem)]
-    subjects: dict[str, list[bool]] = defaultdict(list)
-    for rollout in rollouts:
-        subjects[rollout.problem.subject].append(rollout.score.correct)
+            terms = [metric.terms(group) for group in groups]
+            metrics[key] = fsum(map(fsum, terms)) / max(sum(map(len, terms)), 1)
+            intervals[key] = list(bootstrap_interval(_verdicts(groups)) if key == "accuracy" else mean_interval(terms))
+    subjects: dict[str, list[Sequence[Rollout]]] = defaultdict(list)
+    for group in groups:
+        subjects[group[0].problem.subject].append(group)
     return {
-        "problems": len(verdicts),
+        "problems": len(groups),
         "samples_per_problem": samples_per_problem,
         "metrics": metrics,
-        "intervals": {"accuracy": list(bootstrap_interval(verdicts))},
+        "intervals": intervals,
         "subjects": {
-            subject: {"accuracy": sum(of) / len(of), "problems": len(of) // samples_per_problem}
+            subject: {
+                "accuracy": accuracy(_verdicts(of)),
+                "interval": list(bootstrap_interval(_verdicts(of))),
+                "problems": len(of),
+            }
             for subject, of in sorted(subjects.items())
             if subject
         },
         "reasons": dict(Counter(rollout.score.reason for rollout in rollouts)),
     }
+
+
+def _verdicts(groups: Sequence[Sequence[Rollout]]) -> list[list[bool]]:
+    return [[rollout.score.correct for rollout in group] for group in groups]
 
 
 class EvaluationFolder:

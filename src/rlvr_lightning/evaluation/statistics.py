@@ -61,6 +61,47 @@ def bootstrap_interval(correct: Correct, *, seed: int = 0) -> tuple[float, float
     return _interval(*_resampled_accuracies(_counts(correct), seed=seed))
 
 
+def mean_interval(terms: Sequence[Sequence[float]], *, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval of the mean over all terms, resampled as in `bootstrap_interval`.
+
+    Args:
+        terms: [P] lists of the numbers that each problem contributes; a list may be empty, as that of a problem without an
+            answer is where only answers count.
+        seed: of the resampling.
+
+    Returns:
+        Lower and upper end; of 10,000 resamples, or of as many as 8 million drawn terms allow, but at least 1,000.
+
+    Raises:
+        ConfigError: There is no problem.
+    """
+    lengths = np.array([len(row) for row in terms], dtype=np.int64)
+    if len(lengths) == 0:
+        raise ConfigError("statistics need at least one problem")
+    width = max(int(lengths.max()), 1)
+    table = np.zeros((len(terms), width))
+    for row, values in zip(table, terms, strict=True):
+        row[: len(values)] = values
+    generator = np.random.default_rng(seed)
+    resamples = int(np.clip(8_000_000 // table.size, 1000, RESAMPLES))
+    chunk = max(1, 1_000_000 // table.size)
+    means = [_resampled_means(table, lengths, min(chunk, resamples - done), generator) for done in range(0, resamples, chunk)]
+    return _interval(np.concatenate(means))
+
+
+def _resampled_means(
+    table: NDArray[np.float64], lengths: NDArray[np.int64], resamples: int, generator: np.random.Generator
+) -> NDArray[np.float64]:
+    """Return [resamples] means of problems, and of their terms, drawn with replacement."""
+    problems = generator.integers(len(table), size=(resamples, len(table)))
+    counts = lengths[problems]
+    if table.shape[1] == 1:
+        return (table[problems, 0] * counts).sum(1) / counts.sum(1).clip(min=1)
+    picks = (generator.random((*problems.shape, table.shape[1])) * counts[..., None]).astype(np.int64)
+    drawn = table[problems[..., None], picks] * (np.arange(table.shape[1]) < counts[..., None])
+    return drawn.sum((1, 2)) / counts.sum(1).clip(min=1)
+
+
 def paired_difference(a: Correct, b: Correct, *, seed: int = 0) -> PairedDifference:
     """Return accuracy(b) - accuracy(a) with its 95 % interval and p-value; row i of both is the same problem.
 

@@ -38,9 +38,10 @@ def value(tokens: Tokens) -> Iterator[Value | Bag]:
             continue
         if scale:
             expr = Expr("mul", (expr, num(Fraction(10) ** scale)))
-        if uses(expr, "pm", "mp"):
-            yield Bag(tuple((Value(choice, unit),) for choice in sign_choices(expr)))
-        else:
+        choices = sign_choices(expr)
+        if len(choices) > 1:
+            yield Bag(tuple((Value(choice, unit),) for choice in choices))
+        elif choices:
             yield Value(expr, unit)
 
 
