@@ -6,6 +6,7 @@ Nothing in the text is trusted: extraction is one linear scan, long answers are 
 
 import json
 import os
+import select
 import subprocess
 import sys
 import threading
@@ -13,7 +14,6 @@ import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from multiprocessing.connection import wait
 from queue import SimpleQueue
 
 from rlvr_lightning.errors import ConfigError
@@ -231,7 +231,9 @@ class _Worker:
 def _read(process: "subprocess.Popen[bytes]", limit_s: float) -> str | None:
     """Return the next line, None if there was none in time, or an empty string if the process has ended."""
     assert process.stdout is not None
-    if not wait([process.stdout.fileno()], limit_s):
+    poll = select.poll()
+    poll.register(process.stdout, select.POLLIN)
+    if not poll.poll(limit_s * 1000):
         return None
     line = process.stdout.readline().decode()
     return line if line.endswith("\n") else ""

@@ -50,74 +50,55 @@ _LAYOUT = re.compile(
 _SPACES = re.compile(
     r"\\(?:[,;: >/]|quad(?![A-Za-z])|qquad(?![A-Za-z])|thinspace|enspace|hspace\*?\{[^{}]*\}|[hv]?phantom\{[^{}]*\})|~"
 )
-_RENAMED = (
-    (re.compile(r"\\(?:[dtc]|nice|s|x)frac(?![A-Za-z])"), r"\\frac"),
-    (
-        re.compile(
-            r"\\(?:vspace|hskip|vskip|tag|label|phantom)\*?\s*\{[^{}]*\}|\\(?:checkmark|qed|blacksquare|square|Box)(?![A-Za-z])"
-        ),
-        " ",
-    ),
-    (re.compile(r"\\colorbox\s*\{[^{}]*\}"), " "),
-    (re.compile(r"\\fbox(?![A-Za-z])"), " "),
-    (re.compile(r"\\mathring\s*\{\s*A\s*\}|\\AA(?![A-Za-z])"), r" \\text{angstrom}"),
-    (re.compile(r"(?<=[\d}])\s*(?:\\,|\s)*\\mu\s*\\(?:text|mathrm)\s*\{\s*m\s*\}"), r" \\text{micrometer}"),
-    (re.compile(r"(?<=\d)\s+\\Omega(?![A-Za-z])"), r" \\text{ohm}"),
-    (
-        re.compile(
-            r"(?<=\d)\^\s*(?:\{\s*(?:\\(?:text|mathrm)\s*\{\s*o\s*\}|o)\s*\}|\\(?:text|mathrm)\s*\{\s*o\s*\}|o(?![a-z]))"
-        ),
-        r"^{\\circ}",
-    ),
-    (re.compile(r"(?<=\d)\^\s*\{?\s*\\(?:text|mathrm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?|(?<=\d)(?:st|nd|rd|th)\b"), r" "),
-    (
-        re.compile(
-            r"\\begin\s*\{(?:aligned|align\*?|gathered|split|equation\*?)\}|\\end\s*\{(?:aligned|align\*?|gathered|split|equation\*?)\}"
-        ),
-        " ",
-    ),
-    (re.compile(r"&\s*="), "="),
-    (re.compile(r"\{\}\s*\^"), "^"),
-    (re.compile(r"\\[dt]binom(?![A-Za-z])"), r"\\binom"),
-    (re.compile(r"\\(?:leq|leqslant|leqq)(?![A-Za-z])"), r"\\le"),
-    (re.compile(r"\\(?:geq|geqslant|geqq)(?![A-Za-z])"), r"\\ge"),
-    (re.compile(r"<="), r"\\le "),
-    (re.compile(r">="), r"\\ge "),
-    (re.compile(r"(?<=[a-z\s])!=\s"), r"\\ne "),
-    (re.compile(r"\\bigcup(?![A-Za-z])"), r"\\cup "),
-    (
-        re.compile(
-            r"\\pmod\s*(?:\{\s*(\w+)\s*\}|(\w))|\(?\s*(?:\\bmod|\\text\s*\{\s*mod\s*\}|\\mod|\bmod\b)\s*\{?(\w+)\}?\s*\)?"
-        ),
-        r"\\pmod{\1\2\3}",
-    ),
-    (re.compile(r"\\lt(?![A-Za-z])"), "<"),
-    (re.compile(r"\\gt(?![A-Za-z])"), ">"),
-    (re.compile(r"\\neq(?![A-Za-z])"), r"\\ne"),
-    (re.compile(r"\\(?:approxeq|simeq|thickapprox|doteq)(?![A-Za-z])"), r"\\approx"),
-    (re.compile(r"\\(?:varnothing|O)(?![A-Za-z])"), r"\\emptyset"),
-    (re.compile(r"\\(?:rightarrow|longrightarrow)(?![A-Za-z])"), r"\\to"),
-    (re.compile(r"\\(?:implies|Longrightarrow|therefore|iff)(?![A-Za-z])"), r"\\Rightarrow"),
-    (re.compile(r"\\var(epsilon|phi|theta|rho)(?![A-Za-z])"), r"\\\1"),
-    (re.compile(r"\\(?:ldots|cdots|dotsc|dotsb|dots)(?![A-Za-z])"), "..."),
-    (re.compile(r"\\lbrace(?![A-Za-z])|\\\{"), r"\\lbrace "),
-    (re.compile(r"\\rbrace(?![A-Za-z])|\\\}"), r"\\rbrace "),
-    (re.compile(r"\\not\s*="), r"\\ne "),
-    (re.compile(r"\\(?:text)?color\s*\{[^{}]*\}"), " "),
-    (re.compile(r"\\lbrack(?![A-Za-z])"), "["),
-    (re.compile(r"\\rbrack(?![A-Za-z])"), "]"),
-    (re.compile(r"\\(?:[lr]?vert|mid)(?![A-Za-z])|\\\|"), "|"),
-    (re.compile(r"\\(?:ast|star)(?![A-Za-z])|\*{1,2}(?=\s*\^)"), r"\\cdot "),
-    (re.compile(r"\\degree(?:s)?(?![A-Za-z])|\\textdegree(?![A-Za-z])"), r"^{\\circ}"),
-    (re.compile(r"\\(?:slash|div)(?![A-Za-z])"), "/"),
-    (re.compile(r"\\colon(?![A-Za-z])|\\?:(?==)"), ":"),
-    (re.compile(r"\\prime(?![A-Za-z])"), "'"),
-    (re.compile(r"\\backslash(?![A-Za-z])"), r"\\setminus "),
-    (re.compile(r"\\Re(?:als)?(?![A-Za-z])|\\R(?![A-Za-z])"), r"\\mathbb{R}"),
-    (re.compile(r"\\#"), "#"),
-    (re.compile(r"\\_"), "_"),
-    (re.compile(r"\\&"), r"\\text{and}"),
+_COMMANDS = {
+    **dict.fromkeys("dfrac tfrac cfrac nicefrac sfrac xfrac".split(), r"\frac"),
+    **dict.fromkeys("dbinom tbinom".split(), r"\binom"),
+    **dict.fromkeys("leq leqslant leqq".split(), r"\le"),
+    **dict.fromkeys("geq geqslant geqq".split(), r"\ge"),
+    **dict.fromkeys("approxeq simeq thickapprox doteq".split(), r"\approx"),
+    **dict.fromkeys("varnothing O".split(), r"\emptyset"),
+    **dict.fromkeys("rightarrow longrightarrow".split(), r"\to"),
+    **dict.fromkeys("implies Longrightarrow therefore iff".split(), r"\Rightarrow"),
+    **dict.fromkeys("ldots cdots dotsc dotsb dots".split(), "..."),
+    **dict.fromkeys("vert lvert rvert mid".split(), "|"),
+    **dict.fromkeys("ast star".split(), r"\cdot "),
+    **dict.fromkeys("degree degrees textdegree".split(), r"^{\circ}"),
+    **dict.fromkeys("slash div".split(), "/"),
+    **dict.fromkeys("R Re Reals".split(), r"\mathbb{R}"),
+    **dict.fromkeys("checkmark qed blacksquare square Box fbox".split(), " "),
+    **{f"var{name}": f"\\{name}" for name in ("epsilon", "phi", "theta", "rho")},
+    "neq": r"\ne", "bigcup": r"\cup", "lt": "<", "gt": ">", "lbrace": r"\lbrace ", "rbrace": r"\rbrace ", "lbrack": "[",
+    "rbrack": "]", "colon": ":", "prime": "'", "backslash": r"\setminus ", "AA": r" \text{angstrom}",
+}  # fmt: skip
+_COMMAND = re.compile(r"\\([A-Za-z]+)")
+_REWRITTEN = (
+    ("\\", re.compile(r"\\(?:vspace|hskip|vskip|tag|label|phantom)\*?\s*\{[^{}]*\}"), " "),
+    ("color", re.compile(r"\\(?:colorbox|(?:text)?color)\s*\{[^{}]*\}"), " "),
+    ("mathring", re.compile(r"\\mathring\s*\{\s*A\s*\}"), r" \\text{angstrom}"),
+    ("\\mu", re.compile(r"(?<=[\d}])\s*(?:\\,|\s)*\\mu\s*\\(?:text|mathrm)\s*\{\s*m\s*\}"), r" \\text{micrometer}"),
+    ("\\Omega", re.compile(r"(?<=\d)\s+\\Omega(?![A-Za-z])"), r" \\text{ohm}"),
+    ("^", re.compile(r"(?<=\d)\^\s*(?:\{\s*o\s*\}|o(?![a-z])|\{?\s*\\(?:text|mathrm)\s*\{\s*o\s*\}\s*\}?)"), r"^{\\circ}"),
+    ("^", re.compile(r"(?<=\d)\^\s*\{?\s*\\(?:text|mathrm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?"), " "),
+    ("", re.compile(r"(?<=\d)(?:st|nd|rd|th)\b"), " "),
+    ("\\begin", re.compile(r"\\(?:begin|end)\s*\{(?:aligned|align\*?|gathered|split|equation\*?)\}"), " "),
+    ("&", re.compile(r"&\s*="), "="),
+    ("{}", re.compile(r"\{\}\s*\^"), "^"),
+    ("<=", re.compile("<="), r"\\le "),
+    (">=", re.compile(">="), r"\\ge "),
+    ("!=", re.compile(r"(?<=[a-z\s])!=\s"), r"\\ne "),
+    ("\\not", re.compile(r"\\not\s*="), r"\\ne "),
+    ("pmod", re.compile(r"\\pmod\s*(?:\{\s*(\w+)\s*\}|(\w))"), r"\\pmod{\1\2}"),
+    ("mod", re.compile(r"\(?\s*(?:\\bmod|\\text\s*\{\s*mod\s*\}|\\mod|(?<!\\p)\bmod\b)\s*\{?(\w+)\}?\s*\)?"), r"\\pmod{\1}"),
+    ("\\{", re.compile(r"\\\{"), r"\\lbrace "),
+    ("\\}", re.compile(r"\\\}"), r"\\rbrace "),
+    ("\\|", re.compile(r"\\\|"), "|"),
+    ("*", re.compile(r"\*{1,2}(?=\s*\^)"), r"\\cdot "),
+    (":=", re.compile(r"\\?:(?==)"), ":"),
+    ("\\#", re.compile(r"\\#"), "#"),
+    ("\\_", re.compile(r"\\_"), "_"),
+    ("\\&", re.compile(r"\\&"), r"\\text{and}"),
 )
+"""(what the text must contain, pattern, replacement)"""
 _DELIMITERS = re.compile(r"(?<!\\)\$|(?<!\\)\\[()\[\]]")
 _GROUPING = re.compile(r"(?<=\d)\s*(?:\{,\}|,\\!|\\!,|\{,\}\\!)\s*(?=\d{3})")
 _THIN = re.compile(r"(?<![_^]\d)(?<=\d)(?:\\,|\\ |~|\\;|\\:)(?=\d{3}(?!\d))")
@@ -139,22 +120,30 @@ def normalize(text: str) -> str:
     >>> normalize("x ≤ −½\u200b")
     'x \\le -\\frac{1}{2}'
     """
-    text = _INVISIBLE.sub("", text)
-    # \\\\ ends a row of a matrix; in front of a command, where there is no matrix, somebody escaped once too often.
-    text = _ROW.sub(r"\\cr ", text if "\\begin" in text else _ESCAPED_TWICE.sub(r"\\", text))
-    text = _RAISED.sub(lambda m: "^{" + "".join(_SUPERSCRIPTS[c] for c in m[0]) + "}", text)
-    text = _LOWERED.sub(lambda m: "_{" + "".join(_SUBSCRIPTS[c] for c in m[0]) + "}", text)
-    text = _CUBE_ROOT.sub(r"\\sqrt[3]{\1}", _PLAIN_ROOT.sub(r"\\sqrt{\1}", text))
-    text = unicodedata.normalize("NFKC", text.translate(_TABLE)).translate(_TABLE)
-    text = "".join(c if c.isprintable() else " " for c in text)
+    if not text.isascii():
+        text = _INVISIBLE.sub("", text)
+        text = _RAISED.sub(lambda m: "^{" + "".join(_SUPERSCRIPTS[c] for c in m[0]) + "}", text)
+        text = _LOWERED.sub(lambda m: "_{" + "".join(_SUBSCRIPTS[c] for c in m[0]) + "}", text)
+        text = _CUBE_ROOT.sub(r"\\sqrt[3]{\1}", text)
+    text = _PLAIN_ROOT.sub(r"\\sqrt{\1}", text)
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text.translate(_TABLE)).translate(_TABLE)
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else " " for c in text)
     text = _QUOTES.sub(r"\2", text.strip())
     text = _CODE.sub("", _SINGLE.sub(r"\1", text))
-    text = _GROUPING.sub(",", _THIN.sub(",", text)).replace("\\!", "")
-    text = _LAYOUT.sub(" ", text)
-    text = _SPACES.sub(" ", text)
-    text = _PRIMES.sub(lambda m: "'" * m[0].count("prime"), text)
-    for pattern, name in _RENAMED:
-        text = pattern.sub(name, text)
+    if "\\" in text:
+        # \\ ends a row of a matrix; in front of a command, where there is no matrix, somebody escaped once too often.
+        text = _ROW.sub(r"\\cr ", text if "\\begin" in text else _ESCAPED_TWICE.sub(r"\\", text))
+        text = _GROUPING.sub(",", _THIN.sub(",", text)).replace("\\!", "")
+        text = _SPACES.sub(" ", _LAYOUT.sub(" ", text))
+        text = _PRIMES.sub(lambda m: "'" * m[0].count("prime"), text)
+        text = _COMMAND.sub(lambda m: _COMMANDS.get(m[1], m[0]), text)
+    else:
+        text = _GROUPING.sub(",", text.replace("~", " "))
+    for needle, pattern, replacement in _REWRITTEN:
+        if needle in text:
+            text = pattern.sub(replacement, text)
     text = _DELIMITERS.sub(" ", text)
     text = text.replace("**", "^")
     text = _TIMES_TEN.sub(r"\\times ", text)
