@@ -128,7 +128,10 @@ class Verifier:
             )
 
     def close(self) -> None:
-        """End every worker. Calling it twice is allowed."""
+        """End every worker, and forget what was anticipated. Calling it twice is allowed."""
+        for future in self._early.values():
+            future.cancel()
+        self._early.clear()
         with self._lock:
             _stop_all(self._workers)
 

@@ -296,7 +296,7 @@ MINUS_INFINITY = Expr("neg", (INFINITY,))
 REALS = Region((Piece(MINUS_INFINITY, INFINITY, False, False),))
 
 
-def _position(end: Expr) -> Any | None:
+def _position(end: Expr) -> Any:
     """Return a number to sort by, or None for a symbolic end."""
     if end in (INFINITY, MINUS_INFINITY):
         return float("inf") if end == INFINITY else float("-inf")
@@ -317,10 +317,10 @@ def union(pieces: Sequence[Piece], name: str = "") -> Region:
     if any(_position(e) is None for p in pieces for e in (p.low, p.high)):
         return Region(tuple(pieces), name)
     kept: list[Piece] = []
-    for piece in sorted(_nonempty(pieces), key=lambda p: (_key(p.low), not p.low_closed)):
+    for piece in sorted(_nonempty(pieces), key=lambda p: (_position(p.low), not p.low_closed)):
         if kept and _touch(kept[-1], piece):
             last = kept[-1]
-            a, b = _key(last.high), _key(piece.high)
+            a, b = _position(last.high), _position(piece.high)
             end = last if a > b or (a == b and last.high_closed) else piece
             kept[-1] = Piece(last.low, end.high, last.low_closed, end.high_closed)
         else:
@@ -333,8 +333,8 @@ def intersection(first: Region, second: Region) -> Region:
     pieces = []
     for a in first.pieces:
         for b in second.pieces:
-            low = a if (_key(a.low), not a.low_closed) >= (_key(b.low), not b.low_closed) else b
-            high = a if (_key(a.high), a.high_closed) <= (_key(b.high), b.high_closed) else b
+            low = a if (_position(a.low), not a.low_closed) >= (_position(b.low), not b.low_closed) else b
+            high = a if (_position(a.high), a.high_closed) <= (_position(b.high), b.high_closed) else b
             pieces.append(Piece(low.low, high.high, low.low_closed, high.high_closed))
     return union(_nonempty(pieces), first.name or second.name)
 
@@ -361,19 +361,15 @@ def solve_linear(expr: Expr, name: str) -> tuple[Expr, bool] | None:
     return Expr("neg", (Expr("div", (offset, slope)),)), bool(steep.real > 0)
 
 
-def _key(end: Expr) -> Any:
-    return _position(end)
-
-
 def _nonempty(pieces: Sequence[Piece]) -> list[Piece]:
     kept = []
     for piece in pieces:
-        low, high = _key(piece.low), _key(piece.high)
+        low, high = _position(piece.low), _position(piece.high)
         if low < high or (low == high and piece.low_closed and piece.high_closed):
             kept.append(piece)
     return kept
 
 
 def _touch(first: Piece, second: Piece) -> bool:
-    low, high = _key(second.low), _key(first.high)
+    low, high = _position(second.low), _position(first.high)
     return bool(low < high or (low == high and (second.low_closed or first.high_closed)))

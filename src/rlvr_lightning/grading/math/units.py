@@ -5,7 +5,6 @@ import re
 Unit = frozenset[tuple[str, int]]
 """Pairs of name and exponent; the empty set is no unit."""
 
-PERCENT: Unit = frozenset({("%", 1)})
 RADIAN: Unit = frozenset({("rad", 1)})
 DEGREE: Unit = frozenset({("degree", 1)})
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
