@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -42,21 +43,13 @@ def test_rows_are_prompt_then_completion_then_padding():
     assert batch.completion_mask.int().tolist() == [[0, 0, 1, 1, 1], [0, 1, 0, 0, 0]]
     expected = torch.tensor([[0, 0, -0.1, -0.2, -0.3], [0, -0.1, 0, 0, 0]])
     torch.testing.assert_close(batch.sampler_logprobs, expected)
-    assert (batch.prompt_lengths, batch.lengths, batch.temperature) == ((2, 1), (5, 2), 0.6)
+    assert (batch.lengths, batch.temperature) == ((5, 2), 0.6)
 
 
 def test_the_mask_follows_lengths_although_end_of_sequence_is_the_padding_id():
     # Prompts may hold the id, completions may hold it twice, and the padding is made of it.
     batch = RolloutBatch.from_rollouts([rollout((EOS, 8), (EOS, 5, EOS)), rollout((EOS, 8), (EOS,))])
     assert batch.completion_mask.int().tolist() == [[0, 0, 1, 1, 1], [0, 0, 1, 0, 0]]
-
-
-def test_prompts_are_numbered_by_their_tokens_and_not_by_their_problem():
-    same, other = PROBLEMS[:2]
-    batch = RolloutBatch.from_rollouts(
-        [rollout((7, 8), problem=same), rollout((9,), problem=same), rollout((7, 8), problem=other)]
-    )
-    assert batch.prompt_groups == (0, 1, 0)
 
 
 def test_selected_rows_are_cut_to_their_longest_and_keep_every_array():
@@ -69,7 +62,7 @@ def test_selected_rows_are_cut_to_their_longest_and_keep_every_array():
     assert part.input_ids.tolist() == expected.input_ids.tolist() == [[9, 2, PAD], [9, 3, EOS]]
     assert part.completion_mask.tolist() == expected.completion_mask.tolist()
     torch.testing.assert_close(part.sampler_logprobs, expected.sampler_logprobs)
-    assert (part.prompt_lengths, part.lengths, part.prompt_groups) == ((1, 1), (2, 3), (1, 1))
+    assert part.lengths == (2, 3)
     assert part.advantages is not None
     assert part.old_logprobs is not None
     assert part.reference_logprobs is not None
@@ -124,42 +117,51 @@ def test_rollouts_that_are_not_group_major_are_refused(order: tuple[int, ...], n
         group_rewards([rollout(problem=PROBLEMS[i]) for i in order], num_problems)
 
 
+def distinct_prefixes(batch: RolloutBatch, rows: Sequence[int]) -> int:
+    return len({tuple(batch.input_ids[i, : t + 1].tolist()) for i in rows for t in range(batch.lengths[i])})
+
+
 @given(ROWS, st.integers(1, 120), st.booleans())
-def test_micro_batches_hold_every_row_once_within_the_budget(
-    lengths: list[tuple[int, int]], max_tokens: int, share_prompts: bool
-):
+def test_micro_batches_hold_every_row_once_within_the_budget(lengths: list[tuple[int, int]], max_tokens: int, share: bool):
     batch = batch_of(lengths)
-    plan = plan_micro_batches(batch, max_tokens, share_prompts=share_prompts)
-    assert sorted(row for rows in plan for row in rows) == list(range(len(batch)))
-    for rows in plan:
-        width = max(batch.lengths[i] for i in rows)
-        prompt = batch.prompt_lengths[rows[0]]
-        tokens = prompt + len(rows) * (width - prompt) if share_prompts else len(rows) * width
-        assert tokens <= max_tokens or len(rows) == 1
-        if share_prompts:
-            assert len({batch.prompt_groups[i] for i in rows}) == 1
+    plan = plan_micro_batches(batch, max_tokens, share=share)
+    assert plan.as_tree == share
+    assert sorted(row for rows in plan.cuts for row in rows) == list(range(len(batch)))
+    for rows in plan.cuts:
+        padded = len(rows) * max(batch.lengths[i] for i in rows)
+        assert (distinct_prefixes(batch, rows) if share else padded) <= max_tokens or len(rows) == 1
 
 
-@given(ROWS)
-def test_an_ample_budget_still_never_mixes_prompts_that_are_shared(lengths: list[tuple[int, int]]):
+@given(ROWS, st.integers(1, 120))
+def test_a_tree_is_cut_only_where_the_next_row_does_not_fit(lengths: list[tuple[int, int]], max_tokens: int):
     batch = batch_of(lengths)
-    for rows in plan_micro_batches(batch, 10**6, share_prompts=True):
-        assert len({batch.prompt_groups[i] for i in rows}) == 1
+    cuts = plan_micro_batches(batch, max_tokens, share=True).cuts
+    for rows, following in pairwise(cuts):
+        assert distinct_prefixes(batch, [*rows, following[0]]) > max_tokens
 
 
 def test_rows_of_like_length_go_into_one_micro_batch_when_they_fit():
     batch = batch_of([(0, 10)] * 6)  # a prompt of 1 token, completions of 10
-    assert [sorted(rows) for rows in plan_micro_batches(batch, 1000, share_prompts=False)] == [[0, 1, 2, 3, 4, 5]]
-    # 33 // 11 = 3 rows per micro-batch; sharing: (33 - 1) // 10 = 3 too, but 31 tokens are enough for it
-    assert [len(rows) for rows in plan_micro_batches(batch, 33, share_prompts=False)] == [3, 3]
-    assert [len(rows) for rows in plan_micro_batches(batch, 31, share_prompts=True)] == [3, 3]
-    assert [len(rows) for rows in plan_micro_batches(batch, 31, share_prompts=False)] == [2, 2, 2]
+    assert [sorted(rows) for rows in plan_micro_batches(batch, 1000, share=False).cuts] == [[0, 1, 2, 3, 4, 5]]
+    # 33 // 11 = 3 rows per micro-batch
+    assert [len(rows) for rows in plan_micro_batches(batch, 33, share=False).cuts] == [3, 3]
+    assert [len(rows) for rows in plan_micro_batches(batch, 31, share=False).cuts] == [2, 2, 2]
+    assert [len(rows) for rows in plan_micro_batches(batch, 11, share=True).cuts] == [6]  # six times the same
 
 
 def test_one_very_long_row_is_not_padded_onto_the_short_ones():
     batch = batch_of([(0, 1)] * 15 + [(0, 400)])
     # together: 16 rows x 401 tokens = 6416; apart: 401 + 15 x 2 = 431, and one more start costs far less than the rest
-    assert sorted(map(len, plan_micro_batches(batch, 10**6, share_prompts=False))) == [1, 15]
+    assert sorted(map(len, plan_micro_batches(batch, 10**6, share=False).cuts)) == [1, 15]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "group", "as_tree"),
+    [(68, 14, 64, True), (512, 64, 64, True), (2048, 8, 8, True), (16, 2048, 8, False), (16, 8, 1, False)],
+)
+def test_prefixes_are_shared_where_that_saves_more_than_it_costs(prompt: int, completion: int, group: int, as_tree: bool):
+    batch = RolloutBatch.from_rollouts([rollout([5] * prompt, [i + 10] * completion) for i in range(group)])
+    assert plan_micro_batches(batch, 10**6).as_tree == as_tree
 
 
 @given(st.integers(0, 100), st.integers(1, 20))

@@ -26,7 +26,6 @@ from rlvr_lightning.callbacks.rollout import RolloutCallback
 from rlvr_lightning.data import SingleExampleDataModule
 from rlvr_lightning.engines import Sampling
 from rlvr_lightning.engines.hf import HFEngine
-from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.losses import Objective
 from rlvr_lightning.module import AdamW, RLVRModule
 from rlvr_lightning.policy import PolicyConfig
@@ -139,7 +138,7 @@ def train(
     source: Callback | None = None,
     steps: int = STEPS,
     world: int = WORLD,
-    share_prompts: bool | None = None,
+    share_prefixes: bool | None = None,
     timeout_s: int = 120,
     ckpt_path: str | None = None,
     consolidated: bool = False,
@@ -167,7 +166,7 @@ def train(
         "optimizer": AdamW(lr=3e-3, eps=1e-4),
         "mismatch_limit": float("inf"),
     }
-    module = RLVRModule(policy=PolicyConfig(model=model, share_prompts=share_prompts), **(defaults | settings))
+    module = RLVRModule(policy=PolicyConfig(model=model, share_prefixes=share_prefixes), **(defaults | settings))
     data = SingleExampleDataModule(question="say a word", answer="1", problems_per_step=4)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=False if ckpt_path else None)
     return module, record
@@ -185,7 +184,8 @@ def sampling_run(model: str, root: Path, world: int) -> tuple[RLVRModule, Record
 
 TRAININGS: dict[str, dict[str, Any]] = {
     "one micro-batch per rank": {},
-    "uneven micro-batches": {"tokens_per_micro_batch": SMALL_BUDGET},
+    "uneven micro-batches": {"tokens_per_micro_batch": SMALL_BUDGET, "share_prefixes": False},
+    "uneven micro-batches, shared prefixes": {"tokens_per_micro_batch": SMALL_BUDGET, "share_prefixes": True},
     "two updates per step": {"updates_per_step": 2, "steps": 2 * STEPS, "tokens_per_micro_batch": SMALL_BUDGET},
 }
 
@@ -198,10 +198,6 @@ def all_scenarios(model: str, root: Path) -> dict[str, Any]:
         found["shares"] = local_share(module.policy.lm), local_share(module._reference[0].lm)
     module, record, probe = sampling_run(model, root / "engine", WORLD)
     found["engine"] = {"tokens": record.tokens, "metrics": record.metrics, **probe}
-    try:
-        train(model, root / "refused", share_prompts=True)
-    except ConfigError as error:
-        found["refused"] = str(error)
     for kind in ("sharded", "consolidated"):
         settings = {"consolidated": kind == "consolidated"}
         train(model, root / kind, CheckpointCallback(every_n_steps=2), steps=2, **settings)
@@ -277,14 +273,14 @@ def test_two_processes_train_like_one(two: list[dict[str, Any]], tiny_model: Pat
                     assert theirs[key] == pytest.approx(ours[key], rel=1e-4, abs=1e-5), key
 
 
-def plan_of(slots: Sequence[int], *, share_prompts: bool) -> list[list[int]]:
+def plan_of(slots: Sequence[int], *, share: bool) -> list[list[int]]:
     batch = RolloutBatch.from_rollouts([rollout for slot in slots for rollout in group(slot, step=0)])
-    return plan_micro_batches(batch, SMALL_BUDGET, share_prompts=share_prompts)
+    return plan_micro_batches(batch, SMALL_BUDGET, share=share).cuts
 
 
 def test_the_small_budget_gives_the_ranks_different_numbers_of_micro_batches():
-    for share_prompts in (False, True):
-        first, second = (plan_of(slots, share_prompts=share_prompts) for slots in ((0, 2), (1, 3)))
+    for share in (False, True):
+        first, second = (plan_of(slots, share=share) for slots in ((0, 2), (1, 3)))
         assert len(first) != len(second)
         assert {len(rows) == 1 for rows in first + second} == {True, False}  # single rows and others
 
@@ -338,7 +334,3 @@ def test_a_checkpoint_of_two_processes_resumes_at_the_next_step(two: list[dict[s
         assert rank[kind]["steps"] == [2, 3]
         assert largest_gap(rank[kind]["weights"], whole["weights"]) == 0
         assert [m["train/loss"] for m in rank[kind]["metrics"]] == [m["train/loss"] for m in whole["metrics"][2:]]
-
-
-def test_sharing_prompts_is_refused_because_ranks_would_pass_the_blocks_unequally_often(two: list[dict[str, Any]]):
-    assert all("policy.share_prompts does not work with FSDP2" in rank["refused"] for rank in two)

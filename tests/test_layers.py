@@ -19,7 +19,8 @@ LAYERS = [
     "grading.paper_text grading.paper_normal grading.paper_expr grading.paper_train grading.paper_eval "
     "grading.paper_eval_keep_units",
     "grading grading.worker",
-    "verify prompts advantages losses logprobs batching models jsonl metrics strategies engines engines.hf engines.vllm grade",
+    "verify prompts advantages losses logprobs prefix_tree batching models jsonl metrics strategies "
+    "engines engines.hf engines.vllm grade",
     "evaluation evaluation.reading evaluation.synthetic evaluation.suite evaluation.statistics evaluation.results "
     "evaluation.likelihood evaluation.paper evaluation.table evaluation.compare",
     "policy data rollout loggers plots",

@@ -211,11 +211,10 @@ def test_an_unknown_attention_is_refused(folder: Path) -> None:
         PolicyConfig(model=str(folder), attn_implementation="telepathy").build()
 
 
-def test_shared_prompts_and_checkpointing_exclude_each_other_before_anything_is_loaded() -> None:
-    with pytest.raises(ConfigError, match="exclude each other: switch one off"):
-        PolicyConfig(model="owner/name", share_prompts=True, gradient_checkpointing=True)
-    assert PolicyConfig(model="owner/name").shares_prompts
-    assert not PolicyConfig(model="owner/name", gradient_checkpointing=True).shares_prompts
+def test_sharing_asks_for_an_attention_that_can(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"policy\.share_prefixes needs .* sdpa: set it to null or false"):
+        PolicyConfig(model=str(folder), attn_implementation="eager", share_prefixes=True).build()
+    assert PolicyConfig(model=str(folder), attn_implementation="eager").build().share is False
 
 
 def test_adapters_on_layers_that_do_not_exist_are_refused(folder: Path) -> None:

@@ -1,19 +1,22 @@
 """The one forward pass, against a plain Hugging Face model that sees one row at a time."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from conftest import write_tiny_model
 from rlvr_lightning.batching import RolloutBatch
 from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.policy import LoRA, Policy, PolicyConfig, PolicyWeights
+from rlvr_lightning.prefix_tree import BLOCK
 from rlvr_lightning.records import Completion, Problem, Rollout, Score
 
 TEMPERATURE = 0.6
@@ -48,7 +51,7 @@ def naive(lm: torch.nn.Module, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
     for b in range(len(batch)):
         ids = batch.input_ids[b, : batch.lengths[b]]
         p = torch.softmax(lm(ids[None]).logits[0] / TEMPERATURE, dim=-1)
-        for t in range(batch.prompt_lengths[b], batch.lengths[b]):
+        for t in batch.completion_mask[b].nonzero()[:, 0].tolist():
             logprobs[b, t] = p[t - 1, ids[t]].log()
             entropy[b, t] = -(p[t - 1] * p[t - 1].log()).sum()
     return logprobs, entropy
@@ -62,8 +65,8 @@ def gradients(module: torch.nn.Module, values: tuple[Tensor, Tensor]) -> dict[st
     return {n.removeprefix("lm."): p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
 
 
-def stats(policy: Policy, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
-    result = policy(batch)
+def stats(policy: Policy, batch: RolloutBatch, *, as_tree: bool = False) -> tuple[Tensor, Tensor]:
+    result = policy(batch, as_tree=as_tree)
     return result.logprobs, result.entropy
 
 
@@ -75,71 +78,139 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: 
         assert gap <= tolerance * scale, f"{name}: {gap:.1e} of {scale:.1e}"
 
 
-@pytest.mark.parametrize("share_prompts", [True, False])
-@pytest.mark.parametrize("make_batch", [one_prompt, two_prompts])
-def test_values_and_gradients_equal_one_row_at_a_time(tiny_model: Path, share_prompts: bool, make_batch):
-    policy = build(tiny_model, share_prompts=share_prompts)
+def branches() -> RolloutBatch:
+    """What sampling at a low temperature gives: repeated rows, rows that go on where others end, late and early branches."""
+    return batch_of(
+        [
+            (PROMPT, [30, 31, 32, EOS]),
+            (PROMPT, [30, 31, 32, EOS]),
+            (PROMPT, [30, 31, 32]),  # cut at the limit: ends where others go on
+            (PROMPT, [30, 31, 40, 41, 42, EOS]),
+            (PROMPT, [50]),
+            (PROMPT[:7], [*PROMPT[7:], 30]),  # a completion that is another row's prompt
+            (PROMPT, [30, 31, 40, 41, 43]),
+        ]
+    )
+
+
+BATCHES = [one_prompt, two_prompts, branches]
+
+
+@pytest.mark.parametrize("as_tree", [True, False])
+@pytest.mark.parametrize("make_batch", BATCHES)
+def test_values_and_gradients_equal_one_row_at_a_time(tiny_model: Path, as_tree: bool, make_batch):
+    policy = build(tiny_model)
     lm, batch = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), make_batch()
-    ours, reference = stats(policy, batch), naive(lm, batch)
+    ours, reference = stats(policy, batch, as_tree=as_tree), naive(lm, batch)
     torch.testing.assert_close(ours[0], reference[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours[1], reference[1], atol=1e-5, rtol=1e-5)
     assert (ours[0][~batch.completion_mask] == 0).all()
     assert_same(gradients(policy, ours), gradients(lm, reference))
 
 
-def test_the_shared_prompt_forward_equals_the_row_wise_forward(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
-    policy, batch = build(tiny_model, share_prompts=True), one_prompt()
-    shared, rows = stats(policy, batch), stats(build(tiny_model, share_prompts=False), batch)
-    torch.testing.assert_close(shared, rows, atol=1e-5, rtol=1e-5)
-    assert_same(gradients(policy, stats(policy, batch)), gradients(policy, _row_wise(policy, batch)))
-    monkeypatch.setattr(Policy, "_forward_rows", None)
-    policy(batch)  # the shared path it was
+@settings(max_examples=30)
+@given(st.lists(st.tuples(st.sampled_from([3, 7]), st.lists(st.sampled_from([EOS, 30]), min_size=1, max_size=12)), min_size=1))
+def test_any_tree_gives_the_numbers_of_its_rows(two_layers: Policy, small_blocks: None, rows: list[tuple[int, list[int]]]):
+    batch = batch_of([(PROMPT[:prompt], completion) for prompt, completion in rows])  # two tokens: they branch all the time
+    torch.testing.assert_close(stats(two_layers, batch, as_tree=True), stats(two_layers, batch), atol=2e-5, rtol=1e-4)
 
 
-def _row_wise(policy: Policy, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
-    """The same policy, told that all prompts differ."""
-    return stats(policy, replace(batch, prompt_groups=tuple(range(len(batch)))))
+@pytest.fixture(scope="module")
+def two_layers(tiny_model: Path) -> Policy:
+    return build(tiny_model)
 
 
-@pytest.mark.parametrize("batch", [two_prompts(), batch_of([(PROMPT, [30, EOS])])], ids=["different prompts", "a single row"])
-def test_rows_without_a_common_prompt_are_forwarded_whole(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, batch: RolloutBatch
-):
-    policy = build(tiny_model, share_prompts=True)
-    monkeypatch.setattr(Policy, "_forward_shared_prompt", None)
-    policy(batch)
+@pytest.fixture(scope="module")
+def small_blocks() -> Iterator[None]:
+    """Trees of a test are small: without this they would be one block."""
+    before, BLOCK["cpu"] = BLOCK["cpu"], 4
+    yield
+    BLOCK["cpu"] = before
+
+
+def test_every_distinct_prefix_is_computed_once(tiny_model: Path):
+    policy, batch, tokens = build(tiny_model), branches(), []
+    policy.lm.get_input_embeddings().register_forward_pre_hook(lambda _, args: tokens.append(args[0].numel()))
+    policy(batch, as_tree=True)
+    prefixes = {tuple(batch.input_ids[b, :t].tolist()) for b in range(len(batch)) for t in range(1, batch.lengths[b])}
+    assert tokens == [len(prefixes)]  # of those that predict something; 12 + 5 here
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_sliding_window_is_kept(tiny_model: Path, tmp_path: Path, checkpointing: bool):
+    lm = AutoModelForCausalLM.from_pretrained(tiny_model)
+    values = {k: v for k, v in lm.config.to_dict().items() if k not in ("model_type", "architectures", "layer_types")}
+    config = Qwen2Config(**values | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1})
+    assert config.layer_types == ["full_attention", "sliding_attention"]
+    folder = shutil.copytree(tiny_model, tmp_path / "sliding")
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    policy, batch = build(folder, gradient_checkpointing=checkpointing), branches()
+    assert policy.check_sharing() is None
+    tree, rows = stats(policy, batch, as_tree=True), stats(policy, batch)
+    torch.testing.assert_close(tree, rows, atol=1e-5, rtol=1e-5)
+    assert_same(gradients(policy, tree), gradients(policy, rows))
+    whole = build(tiny_model)
+    whole.lm.load_state_dict(policy.lm.state_dict(), strict=False)
+    assert (stats(whole, batch)[0] - rows[0]).abs().max() > 1e-3  # the window mattered
+
+
+def test_a_model_that_mixes_tokens_otherwise_is_found_out(tiny_model: Path):
+    for share in (None, True):
+        policy = build(tiny_model, share_prefixes=share)
+        assert policy.check_sharing() is None
+        assert policy.share is share
+        # a convolution over the sequence, as state-space models and others have one
+        policy.lm.get_decoder().layers[0].mlp.register_forward_hook(lambda _m, _i, out: out + out.roll(1, dims=1))
+        if share:
+            with pytest.raises(ConfigError, match=r"share_prefixes does not work with this model .*differ by"):
+                policy.check_sharing()
+        else:
+            assert "differ" in (policy.check_sharing() or "")
+            assert policy.share is False
+
+
+def test_the_check_can_be_switched_off(tiny_model: Path):
+    policy = build(tiny_model, check_sharing=False)
+    policy.lm.get_decoder().layers[0].mlp.register_forward_hook(lambda _m, _i, out: out + out.roll(1, dims=1))
+    assert policy.check_sharing() is None
+    assert policy.share is None
 
 
 def test_completions_of_one_token_need_only_the_prompt(tiny_model: Path):
-    policy, batch = build(tiny_model, share_prompts=True), batch_of([(PROMPT, [EOS]), (PROMPT, [30])])
-    torch.testing.assert_close(stats(policy, batch), naive(policy.lm, batch), atol=1e-5, rtol=1e-5)
+    policy, batch = build(tiny_model), batch_of([(PROMPT, [EOS]), (PROMPT, [30])])
+    torch.testing.assert_close(stats(policy, batch, as_tree=True), naive(policy.lm, batch), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("share_prompts", [True, False])
-def test_the_content_of_the_padding_does_not_matter(tiny_model: Path, share_prompts: bool):
-    policy, batch = build(tiny_model, share_prompts=share_prompts), one_prompt()
+@pytest.mark.parametrize("as_tree", [True, False])
+def test_the_content_of_the_padding_does_not_matter(tiny_model: Path, as_tree: bool):
+    policy, batch = build(tiny_model), one_prompt()
     inside = torch.arange(batch.input_ids.shape[1]) < torch.tensor(batch.lengths)[:, None]
     noise = torch.randint(96, batch.input_ids.shape, generator=torch.Generator().manual_seed(0))
     noisy = replace(batch, input_ids=torch.where(inside, batch.input_ids, noise))
     assert not torch.equal(noisy.input_ids, batch.input_ids)
-    clean = stats(policy, batch)
-    assert torch.equal(torch.stack(stats(policy, noisy)), torch.stack(clean))
-    assert_same(gradients(policy, stats(policy, noisy)), gradients(policy, clean), tolerance=1e-6)
+    clean = stats(policy, batch, as_tree=as_tree)
+    assert torch.equal(torch.stack(stats(policy, noisy, as_tree=as_tree)), torch.stack(clean))
+    found = gradients(policy, stats(policy, noisy, as_tree=as_tree))
+    assert_same(found, gradients(policy, clean), tolerance=1e-6)
 
 
-def test_without_completions_every_weight_gets_a_gradient_of_exactly_zero(tiny_model: Path):
+@pytest.mark.parametrize("as_tree", [True, False])
+def test_without_completions_every_weight_gets_a_gradient_of_exactly_zero(tiny_model: Path, as_tree: bool):
     policy = build(tiny_model)
-    found = gradients(policy, stats(policy, one_prompt().rows([0]).without_completions()))
+    found = gradients(policy, stats(policy, one_prompt().rows([0]).without_completions(), as_tree=as_tree))
     assert found.keys() == {n for n, _ in policy.lm.named_parameters()}  # so that every rank takes part in every reduction
     assert all(g.abs().max() == 0 for g in found.values())
 
 
-def test_gradient_checkpointing_changes_neither_values_nor_gradients(tiny_model: Path):
-    plain, saving, batch = build(tiny_model, share_prompts=False), build(tiny_model, gradient_checkpointing=True), one_prompt()
+@pytest.mark.parametrize("as_tree", [True, False])
+def test_gradient_checkpointing_changes_neither_values_nor_gradients(tiny_model: Path, as_tree: bool):
+    plain, saving, batch = build(tiny_model), build(tiny_model, gradient_checkpointing=True), branches()
     assert saving.lm.is_gradient_checkpointing
     assert saving.lm.training  # transformers checkpoints in training mode only
-    torch.testing.assert_close(stats(saving, batch), stats(plain, batch))
-    assert_same(gradients(saving, stats(saving, batch)), gradients(plain, stats(plain, batch)), tolerance=1e-6)
+    ours, expected = stats(saving, batch, as_tree=as_tree), stats(plain, batch, as_tree=as_tree)
+    torch.testing.assert_close(ours, expected)
+    assert_same(gradients(saving, ours), gradients(plain, expected), tolerance=1e-6)
 
 
 def test_gradient_checkpointing_runs_every_layer_twice(tiny_model: Path):
@@ -149,13 +220,6 @@ def test_gradient_checkpointing_runs_every_layer_twice(tiny_model: Path):
     assert len(calls) == 1
     gradients(policy, values)
     assert len(calls) == 2
-
-
-def test_sharing_and_checkpointing_exclude_each_other(tiny_model: Path):
-    with pytest.raises(ConfigError, match="exclude each other"):
-        PolicyConfig(model=str(tiny_model), share_prompts=True, gradient_checkpointing=True)
-    assert PolicyConfig(model="a/b").shares_prompts
-    assert not PolicyConfig(model="a/b", gradient_checkpointing=True).shares_prompts
 
 
 def test_training_mode_does_not_switch_dropout_on(tiny_model: Path, tmp_path: Path):

@@ -132,7 +132,7 @@ def fit(
     rule: Callable[[str], bool] = no_digit,
     data: ProblemDataModule | None = None,
     problems_per_step: int = 2,
-    share_prompts: bool | None = None,
+    share_prefixes: bool | None = None,
     lora: LoRA | None = None,
     ckpt_path: Path | None = None,
     **settings: Any,
@@ -158,7 +158,7 @@ def fit(
         callbacks=[source, record, *extra],
     )
     module = RLVRModule(
-        policy=PolicyConfig(model=str(model), share_prompts=share_prompts, lora=lora), **({"optimizer": PLAIN} | settings)
+        policy=PolicyConfig(model=str(model), share_prefixes=share_prefixes, lora=lora), **({"optimizer": PLAIN} | settings)
     )
     data = data or SingleExampleDataModule(question="say a word", answer="1", problems_per_step=problems_per_step)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=False if ckpt_path else None)
@@ -240,9 +240,9 @@ def assert_weights_equal(first: dict[str, Tensor], second: dict[str, Tensor]) ->
 CUTS = [(10**6, True), (10**6, False), (40, True), (40, False), (1, True), (1, False)]
 
 
-@pytest.mark.parametrize(("tokens_per_micro_batch", "share_prompts"), CUTS)
+@pytest.mark.parametrize(("tokens_per_micro_batch", "share_prefixes"), CUTS)
 def test_gradient_does_not_depend_on_the_micro_batch_cut_and_equals_the_sum_by_hand(
-    tiny_model: Path, tmp_path: Path, tokens_per_micro_batch: int, share_prompts: bool
+    tiny_model: Path, tmp_path: Path, tokens_per_micro_batch: int, share_prefixes: bool
 ):
     run = fit(
         tiny_model,
@@ -251,7 +251,7 @@ def test_gradient_does_not_depend_on_the_micro_batch_cut_and_equals_the_sum_by_h
         rollouts=crafted(),
         objective=Objective(kl_coef=0.1, entropy_coef=0.05),
         tokens_per_micro_batch=tokens_per_micro_batch,
-        share_prompts=share_prompts,
+        share_prefixes=share_prefixes,
         max_grad_norm=float("inf"),
         mismatch_limit=float("inf"),
     )

@@ -1,8 +1,8 @@
 """From rollouts to tensors, and from tensors to micro-batches that fit a token budget.
 
-Legend: ``P`` problems, ``G`` rollouts per problem, ``B = P * G`` rows, ``S`` tokens of the longest row, ``L`` prompt tokens,
-``T`` completion tokens. Rows are right-padded: prompt, completion, padding. Per-token arrays have length ``S`` and index
-``t`` describes token ``t``; the one-position causal shift happens inside ``Policy.forward`` and nowhere else.
+Legend: ``P`` problems, ``G`` rollouts per problem, ``B = P * G`` rows, ``S`` tokens of the longest row.
+Rows are right-padded: prompt, completion, padding. Per-token arrays have length ``S`` and index ``t`` describes token ``t``;
+the one-position causal shift happens inside ``Policy.forward`` and nowhere else.
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,11 @@ from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from rlvr_lightning.prefix_tree import BLOCK, common_prefixes, lexical_order
 from rlvr_lightning.records import Rollout
 
 
@@ -42,12 +44,8 @@ class RolloutBatch:
     with the padding id, which many tokenizers share with end-of-sequence."""
     sampler_logprobs: Tensor
     """(B, S) float32: the engine's log-probs of the sampled tokens; 0 elsewhere."""
-    prompt_lengths: tuple[int, ...]
-    """[B]"""
     lengths: tuple[int, ...]
     """[B] prompt + completion."""
-    prompt_groups: tuple[int, ...]
-    """[B] rows with the same number have the same prompt tokens."""
     temperature: float
     """Sampling temperature of every row."""
     advantages: Tensor | None = None
@@ -67,26 +65,22 @@ class RolloutBatch:
         temperatures = {r.temperature for r in rollouts}
         if len(temperatures) != 1:
             raise ValueError(f"rollouts of one batch need one sampling temperature, got {sorted(temperatures)}")
-        prompt_lengths = tuple(len(r.prompt_ids) for r in rollouts)
         lengths = tuple(len(r.prompt_ids) + len(r.completion.token_ids) for r in rollouts)
-        if any(length == prompt for length, prompt in zip(lengths, prompt_lengths, strict=True)):
+        if not all(r.completion.token_ids for r in rollouts):
             raise ValueError("a completion without tokens cannot be trained on: the engine has to return at least one")
         input_ids = torch.zeros(len(rollouts), max(lengths), dtype=torch.long)
         mask = torch.zeros(input_ids.shape, dtype=torch.bool)
         sampler_logprobs = torch.zeros(input_ids.shape, dtype=torch.float32)
-        groups: dict[tuple[int, ...], int] = {}
-        for row, (rollout, start, end) in enumerate(zip(rollouts, prompt_lengths, lengths, strict=True)):
+        for row, (rollout, end) in enumerate(zip(rollouts, lengths, strict=True)):
+            start = len(rollout.prompt_ids)
             input_ids[row, :end] = torch.tensor(rollout.prompt_ids + rollout.completion.token_ids)
             mask[row, start:end] = True
             sampler_logprobs[row, start:end] = torch.tensor(rollout.completion.logprobs)
-            groups.setdefault(rollout.prompt_ids, len(groups))
         return cls(
             input_ids=input_ids,
             completion_mask=mask,
             sampler_logprobs=sampler_logprobs,
-            prompt_lengths=prompt_lengths,
             lengths=lengths,
-            prompt_groups=tuple(groups[r.prompt_ids] for r in rollouts),
             temperature=temperatures.pop(),
         )
 
@@ -120,48 +114,94 @@ def split_evenly(num_rows: int, parts: int) -> list[range]:
     return [range(a, b) for a, b in pairwise(bounds)]
 
 
-OVERHEAD_TOKENS = 128
-"""What starting one more micro-batch costs, in tokens of arithmetic. Measured on two CPU cores with a 135M model."""
+@dataclass(frozen=True)
+class Costs:
+    """What a forward and backward pass spends, in tokens through the linear layers of the decoder."""
+
+    pair: float = 1e-3
+    """One query that attends to one key."""
+    prediction: float = 0.3
+    """One token through the head."""
+    micro_batch: float = 128.0
+    """Starting one more micro-batch. Measured on two CPU cores with a 135M model."""
 
 
-def plan_micro_batches(batch: RolloutBatch, max_tokens: int, *, share_prompts: bool) -> list[list[int]]:
-    """Return row indices per micro-batch, longest first, each within ``max_tokens`` padded tokens.
+@dataclass(frozen=True)
+class Plan:
+    """How the rows of a batch are cut into micro-batches."""
 
-    Rows are sorted by length and cut where the padding saved is worth more than another micro-batch costs. With
-    ``share_prompts`` a micro-batch holds rows of one prompt only and counts that prompt once. A single row above the budget
-    gets a micro-batch of its own: the budget trades memory for speed, it never drops data.
+    cuts: list[list[int]]
+    """Row indices of each micro-batch."""
+    as_tree: bool
+    """Run each as a prefix tree (`prefix_tree.py`), else as padded rows."""
+    cost: float
+    """Expected, in the unit of :class:`Costs`."""
 
-    >>> rows = RolloutBatch(*[torch.zeros(3, 5)] * 3, (2, 2, 2), (5, 3, 4), (0, 0, 0), 1.0)
-    >>> plan_micro_batches(rows, 8, share_prompts=False)
-    [[0], [2, 1]]
-    >>> plan_micro_batches(rows, 8, share_prompts=True)
+
+def plan_micro_batches(
+    batch: RolloutBatch,
+    max_tokens: int,
+    *,
+    share: bool | None = None,
+    costs: Costs = Costs(),
+) -> Plan:
+    """Cut a batch into micro-batches of at most ``max_tokens`` tokens each.
+
+    As a prefix tree a micro-batch has as many tokens as it has distinct prefixes; as rows it has rows x the longest. A single
+    row above the budget gets a micro-batch of its own: the budget trades memory for speed, it never drops data.
+
+    Args:
+        batch: the rows.
+        max_tokens: the budget.
+        share: True for a tree, False for rows, None for what is expected to be cheaper.
+        costs: of the model at hand.
+
+    >>> ids = torch.tensor([[7, 8, 5, 5], [7, 8, 6, 0], [7, 8, 5, 5]])
+    >>> batch = RolloutBatch(ids, *[torch.zeros(3, 4)] * 2, (4, 3, 4), 1.0)
+    >>> plan_micro_batches(batch, 5, share=True).cuts
+    [[0, 2, 1]]
+    >>> plan_micro_batches(batch, 8, share=False).cuts
     [[0, 2], [1]]
     """
-    plan: list[list[int]] = []
-    for group in sorted(set(batch.prompt_groups)) if share_prompts else [None]:
-        rows = [i for i in range(len(batch)) if group is None or batch.prompt_groups[i] == group]
-        rows.sort(key=lambda i: -batch.lengths[i])
-        shared = batch.prompt_lengths[rows[0]] if share_prompts else 0
-        for start, end in _cheapest_cuts([batch.lengths[i] - shared for i in rows], shared, max_tokens):
-            plan.append(rows[start:end])
-    return plan
+    plans = [
+        make(batch, max_tokens, costs) for make, wanted in ((_tree_plan, True), (_row_plan, False)) if share in (wanted, None)
+    ]
+    return min(plans, key=lambda plan: plan.cost)
 
 
-def _cheapest_cuts(lengths: list[int], shared: int, max_tokens: int) -> list[tuple[int, int]]:
-    """Cut descending lengths into runs that minimize padded tokens plus overhead; exact, by dynamic programming.
+def _tree_plan(batch: RolloutBatch, max_tokens: int, costs: Costs) -> Plan:
+    """Rows in lexical order, so that those with long common prefixes meet; each cut as full as it gets."""
+    ids, ends = batch.input_ids.cpu().numpy(), np.asarray(batch.lengths)
+    order, block = lexical_order(ids, ends), BLOCK[batch.input_ids.device.type]
+    cuts: list[list[int]] = []
+    tokens, cost = 0, 0.0
+    for row, common in zip(order.tolist(), [0, *common_prefixes(ids, ends, order)], strict=True):
+        end = batch.lengths[row]
+        if not cuts or tokens + end - common > max_tokens:
+            cuts.append([])
+            tokens, common, cost = 0, 0, cost + costs.micro_batch
+        cuts[-1].append(row)
+        new = end - common
+        tokens += new
+        keys = new * ((common + end) / 2 + block)
+        cost += new + costs.pair * keys + costs.prediction * min(new, int(batch.completion_mask[row].sum()))
+    return Plan(cuts, True, cost)
+
+
+def _row_plan(batch: RolloutBatch, max_tokens: int, costs: Costs) -> Plan:
+    """Rows by length, cut where the padding saved is worth more than another micro-batch costs; exact, by dynamic programming.
 
     Ties go to the longer first run.
     """
-    best: list[tuple[int, int]] = [(0, len(lengths))] * (len(lengths) + 1)  # from row i on: (cost, end of the first run)
-    for start in range(len(lengths) - 1, -1, -1):
-        longest = max(lengths[start], 1)
-        most = max(1, (max_tokens - shared) // longest)
-        fixed = OVERHEAD_TOKENS + shared
-        ends = range(start + 1, min(start + most, len(lengths)) + 1)
-        best[start] = min((fixed + (end - start) * longest + best[end][0], -end) for end in ends)
-        best[start] = (best[start][0], -best[start][1])
+    rows = sorted(range(len(batch)), key=lambda i: -batch.lengths[i])
+    best: list[tuple[float, int]] = [(0.0, 0)] * (len(rows) + 1)  # from row i on: (cost, minus the end of the first run)
+    for start in range(len(rows) - 1, -1, -1):
+        longest = batch.lengths[rows[start]]
+        each = longest + costs.pair * longest**2 / 2
+        ends = range(start + 1, min(start + max(1, max_tokens // longest), len(rows)) + 1)
+        best[start] = min((costs.micro_batch + (end - start) * each + best[end][0], -end) for end in ends)
     cuts, start = [], 0
-    while start < len(lengths):
-        cuts.append((start, best[start][1]))
-        start = best[start][1]
-    return cuts
+    while start < len(rows):
+        cuts.append(rows[start : -best[start][1]])
+        start = -best[start][1]
+    return Plan(cuts, False, best[0][0] + costs.prediction * int(batch.completion_mask.sum()))

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import MetricCollection
 
 from rlvr_lightning.advantages import ADVANTAGES
-from rlvr_lightning.batching import RolloutBatch, group_rewards, plan_micro_batches, split_evenly
+from rlvr_lightning.batching import Plan, RolloutBatch, group_rewards, plan_micro_batches, split_evenly
 from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.losses import Objective
 from rlvr_lightning.metrics import REFLECTION_WORDS, evaluation_metrics
@@ -165,6 +165,9 @@ class RLVRModule(LightningModule):
         if self.uses_reference and self.policy_config.lora is None and not self._reference:
             reference = self.policy_config.build().requires_grad_(False)
             self._reference = (self._shard(reference).to(self.trainer.strategy.root_device),)
+        reason = self.policy.check_sharing()
+        if reason and self.trainer.is_global_zero:
+            print(f"prefixes are not shared: {reason}", flush=True)
 
     def _shard(self, policy: Policy) -> Policy:
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
@@ -220,9 +223,11 @@ class RLVRModule(LightningModule):
         num_tokens = self._sum(minibatch.completion_mask.sum())
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         worst = torch.zeros((), device=self.device)
-        for micro in self._micro_batches(minibatch):
+        plan = self._plan(minibatch)
+        for rows in plan.cuts:
+            micro = minibatch.rows(rows) if rows else minibatch.rows([0]).without_completions()
             mask = micro.completion_mask
-            stats = self.policy(micro)
+            stats = self.policy(micro, as_tree=plan.as_tree)
             assert micro.advantages is not None
             terms = self.objective(
                 logprobs=stats.logprobs,
@@ -276,11 +281,11 @@ class RLVRModule(LightningModule):
     @torch.no_grad()
     def score(self, data: RolloutBatch, policy: Policy | None = None) -> Tensor:
         """Return log-probs (B, S) of the completion tokens under ``policy`` (default: the one in training), no gradient."""
-        logprobs = torch.zeros(data.input_ids.shape, device=data.input_ids.device)
         policy = policy or self.policy
-        for rows in self._plan(data):
-            micro = data.rows(rows or [0])
-            stats = policy(micro)
+        logprobs = torch.zeros(data.input_ids.shape, device=data.input_ids.device)
+        plan = self._plan(data)
+        for rows in plan.cuts:
+            stats = policy(data.rows(rows or [0]), as_tree=plan.as_tree)
             if rows:
                 logprobs[rows, : stats.logprobs.shape[1]] = stats.logprobs.float()
         if isinstance(policy, FSDPModule):
@@ -295,21 +300,17 @@ class RLVRModule(LightningModule):
 
     # --- cutting and summing over ranks --------------------------------------------------------------------------------
 
-    def _plan(self, data: RolloutBatch) -> list[list[int]]:
-        """Return row indices per micro-batch; every rank gets the same number of them, empty ones at the end.
+    def _plan(self, data: RolloutBatch) -> Plan:
+        """Cut into micro-batches; every rank gets the same number of them, empty ones at the end.
 
         Under FSDP2 a forward pass is collective, so unequal counts would hang.
         """
-        plan = plan_micro_batches(data, self.tokens_per_micro_batch, share_prompts=self.policy.shares_prompts)
+        plan = plan_micro_batches(data, self.tokens_per_micro_batch, share=self.policy.share, costs=self.policy.costs)
         if self.trainer.world_size > 1:
-            count = torch.tensor(len(plan), device=self.device)
+            count = torch.tensor(len(plan.cuts), device=self.device)
             torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
-            plan += [[]] * (int(count) - len(plan))
+            plan.cuts.extend([[]] * (int(count) - len(plan.cuts)))
         return plan
-
-    def _micro_batches(self, data: RolloutBatch) -> Iterator[RolloutBatch]:
-        for rows in self._plan(data):
-            yield data.rows(rows) if rows else data.rows([0]).without_completions()
 
     def _sum(self, value: Tensor) -> Tensor:
         """Return the sum over all ranks."""

@@ -1,9 +1,9 @@
 """The policy: a Hugging Face causal LM that answers one question, log-probs and entropy of the sampled tokens.
 
-Legend: ``b`` rows, ``S`` tokens of the padded row, ``L`` prompt tokens, ``T`` completion tokens, ``H`` hidden size,
-``N`` completion tokens of all rows.
+Legend: ``b`` rows, ``S`` tokens of the padded row, ``N`` predicted tokens, ``H`` hidden size, ``V`` vocabulary.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlvr_lightning.batching import RolloutBatch
+from rlvr_lightning.batching import Costs, RolloutBatch
 from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.logprobs import token_logprobs_and_entropy
 from rlvr_lightning.models import load_config_and_tokenizer, resolve_model
+from rlvr_lightning.prefix_tree import ATTENTION, PrefixTree
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -57,20 +59,13 @@ class PolicyConfig:
     """Attention of the forward pass, as transformers names it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more arithmetic for far less memory."""
-    share_prompts: bool | None = None
-    """Run each prompt once and share its key/value cache among its completions. None: yes, except with gradient
-    checkpointing, which cannot keep a cache, and under FSDP2, where all ranks have to pass the blocks equally often."""
+    share_prefixes: bool | None = None
+    """Compute what rows have in common, the prompt above all, once (`prefix_tree.py`). None: where it is expected to be
+    faster and the model passes :meth:`Policy.check_sharing`. True: always, an error if the model fails that check."""
+    check_sharing: bool = True
+    """Compare the shared forward pass with the row-wise one on a few tokens before the first step."""
     lora: LoRA | None = None
     """Train adapters only; None trains every weight."""
-
-    def __post_init__(self) -> None:
-        if self.share_prompts and self.gradient_checkpointing:
-            raise ConfigError("policy.share_prompts and policy.gradient_checkpointing exclude each other: switch one off")
-
-    @property
-    def shares_prompts(self) -> bool:
-        """``share_prompts`` with None resolved."""
-        return not self.gradient_checkpointing if self.share_prompts is None else self.share_prompts
 
     @cached_property
     def model_path(self) -> str:
@@ -103,6 +98,8 @@ class PolicyConfig:
             raise ConfigError(f"cannot load the weights of {self.model!r}: {error}") from error
         if loading["missing_keys"]:  # transformers would fill them at random, with a warning at most
             raise ConfigError(f"cannot load the weights of {self.model!r}: missing {sorted(loading['missing_keys'])[:5]}")
+        if type(lm.get_output_embeddings()) is not nn.Linear:
+            raise ConfigError(f"the head of {self.model!r} is no linear layer, which is not supported: choose another model")
         return Policy(lm, tokenizer, self)
 
 
@@ -112,7 +109,8 @@ class Policy(nn.Module):
     def __init__(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PolicyConfig) -> None:
         super().__init__()
         self.config = config
-        self.shares_prompts = config.shares_prompts
+        self.dtype = torch.float32
+        self.share = config.share_prefixes
         self.tokenizer = tokenizer
         self.generation_config = lm.generation_config or GenerationConfig()
         self.eos_token_ids = _eos_token_ids(lm, tokenizer)
@@ -121,6 +119,8 @@ class Policy(nn.Module):
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         if config.lora is not None:
             _add_adapters(lm, config.lora)
+        if self.share is not False:
+            self._prepare_sharing(lm)
         self.lm = lm
         self.train(config.gradient_checkpointing)
 
@@ -130,58 +130,95 @@ class Policy(nn.Module):
         self.lm.train(mode and self.config.gradient_checkpointing)
         return self
 
-    def forward(self, batch: RolloutBatch) -> TokenStats:
+    def forward(self, batch: RolloutBatch, *, as_tree: bool = False) -> TokenStats:
         """Return log-prob and entropy of every completion token, (b, S) each, zeros elsewhere.
 
-        The prompt is forwarded once if all rows share it and the policy may (:attr:`PolicyConfig.shares_prompts`),
-        otherwise row by row; both give the same numbers up to rounding. Padding sits on the right, where causal attention
-        never looks, so no attention mask is needed.
+        Both ways give the same numbers up to rounding, and pass every decoder block once, as FSDP2 needs it.
+
+        Args:
+            batch: the rows.
+            as_tree: compute each distinct prefix once; otherwise row by row.
         """
-        one_prompt = len(set(batch.prompt_groups)) == 1 and len(batch) > 1
-        if one_prompt and self.shares_prompts:
-            hidden, targets, mask = self._forward_shared_prompt(batch)
-        else:
-            hidden, targets, mask = self._forward_rows(batch)
-        logprobs, entropy = token_logprobs_and_entropy(hidden[mask], targets[mask], self._head, batch.temperature)
+        if as_tree:
+            tree = PrefixTree.of(batch.input_ids, batch.lengths, batch.completion_mask)
+            hidden = tree.forward(self.lm.get_decoder())
+            logprobs, entropy = self._predict(hidden[tree.parents], tree.targets, batch.temperature)
+            logprobs, entropy = logprobs[tree.place], entropy[tree.place]
+        else:  # padding sits on the right, where causal attention never looks, so no attention mask is needed
+            hidden = self.lm.get_decoder()(input_ids=batch.input_ids[:, :-1], use_cache=False).last_hidden_state
+            mask = batch.completion_mask[:, 1:]
+            logprobs, entropy = self._predict(hidden[mask], batch.input_ids[:, 1:][mask], batch.temperature)
         empty = torch.zeros(batch.input_ids.shape, dtype=logprobs.dtype, device=logprobs.device)
-        # Row-major order of the mask is the order of `hidden[mask]`. The sum keeps an empty mask in the graph: under
-        # FSDP2 every rank has to run the backward pass.
+        # The sum keeps an empty mask in the graph: under FSDP2 every rank has to run the backward pass.
         anchor = hidden.sum() * 0.0
         return TokenStats(
             logprobs=empty.masked_scatter(batch.completion_mask, logprobs) + anchor,
             entropy=empty.masked_scatter(batch.completion_mask, entropy),
         )
 
-    def _head(self, hidden: Tensor) -> Tensor:
-        """Return logits (n, V) for hidden states (n, H)."""
-        head = self.lm.get_output_embeddings()
-        assert head is not None
-        return head(hidden)
+    def _predict(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Return log-probs and entropies (N,) of ``targets`` (N,) given the hidden states (N, H) that predict them."""
+        head: Any = self.lm.get_output_embeddings()
+        weight = getattr(head, "base_layer", head).weight
+        if head is not getattr(head, "base_layer", head) and not head.disable_adapters:
+            weight = weight + head.get_delta_weight("default")
+        return token_logprobs_and_entropy(hidden, targets, weight, getattr(head, "bias", None), temperature)
 
-    def _forward_rows(self, batch: RolloutBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return hidden states (b, S-1, H), the tokens they predict (b, S-1) and the mask of those to learn from."""
-        hidden = self.lm.get_decoder()(input_ids=batch.input_ids[:, :-1], use_cache=False).last_hidden_state
-        return hidden, batch.input_ids[:, 1:], batch.completion_mask[:, 1:]
+    # --- sharing prefixes ----------------------------------------------------------------------------------------------
 
-    def _forward_shared_prompt(self, batch: RolloutBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return hidden states (b, T, H), the completion tokens (b, T) and their mask, with one pass over the prompt.
+    def _prepare_sharing(self, lm: PreTrainedModel) -> None:
+        if lm.config._attn_implementation == "sdpa" and lm._supports_attention_backend:
+            lm.config._attn_implementation = ATTENTION
+        elif self.share:
+            raise ConfigError(
+                "policy.share_prefixes needs a model with policy.attn_implementation sdpa: set it to null or false"
+            )
+        else:
+            self.share = False
 
-        The prompt's key/value cache is repeated over the rows, so autograd sums their gradients back into the one prompt.
+    @property
+    def costs(self) -> Costs:
+        """What this model's passes cost, for :func:`~rlvr_lightning.batching.plan_micro_batches`."""
+        config = self.lm.config
+        layers, heads = config.num_hidden_layers, config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        head = config.vocab_size * config.hidden_size
+        linear = sum(p.numel() for p in self.lm.get_decoder().parameters()) - head
+        # 2 flops per weight and token; 4 per query, key and channel, at about a quarter of the speed of a matrix product
+        return Costs(pair=4 * 4 * layers * heads * head_dim / (2 * linear), prediction=head / linear)
+
+    @torch.no_grad()
+    def check_sharing(self) -> str | None:
+        """Run a few rows both ways; where they differ, share no more and return what differed. Collective when sharded.
+
+        A model whose layers mix tokens other than by attention, or attend in a way of their own, fails here.
+
+        Raises:
+            ConfigError: if ``share_prefixes`` is True and the model does not pass.
         """
-        rows, start = len(batch), batch.prompt_lengths[0]
-        completions = batch.input_ids[:, start:]
-        decoder = self.lm.get_decoder()
-        cache = DynamicCache(config=self.lm.config)
-        prompt = decoder(input_ids=batch.input_ids[:1, :start], past_key_values=cache, use_cache=True).last_hidden_state
-        hidden = prompt[:, -1:].expand(rows, 1, -1)
-        if completions.shape[1] > 1:  # the last token of a row predicts nothing
-            cache.batch_repeat_interleave(rows)
-            positions = torch.arange(start, batch.input_ids.shape[1] - 1, device=completions.device)
-            rest = decoder(
-                input_ids=completions[:, :-1], position_ids=positions[None], past_key_values=cache, use_cache=True
-            ).last_hidden_state
-            hidden = torch.cat([hidden, rest], dim=1)
-        return hidden, completions, batch.completion_mask[:, start:]
+        if self.share is False or not self.config.check_sharing:
+            return None
+        device = next(self.parameters()).device
+        ids = torch.arange(5 * 24).view(5, 24) * 7919 % min(self.lm.config.vocab_size, 30000)
+        ids[1:, :12], ids[2:, :16] = ids[0, :12], ids[1, :16]  # a common prompt, and a branch further on
+        lengths = (24, 20, 24, 23, 24)
+        position = torch.arange(24)
+        mask = (position >= 12) & (position < torch.tensor(lengths)[:, None])
+        batch = RolloutBatch(ids, mask, torch.zeros(5, 24), lengths, temperature=1.0).to(device)
+        with torch.autocast(device.type, enabled=False):
+            try:
+                gap = (self(batch, as_tree=True).logprobs - self(batch).logprobs).abs().max().item()
+                reason = f"log-probs of the shared and the row-wise forward pass differ by up to {gap:.2g}"
+            except (TypeError, RuntimeError) as error:  # the model's own code knows no such attention
+                gap, reason = math.inf, str(error).splitlines()[0]
+        if isinstance(self, FSDPModule):
+            self.reshard()
+        if gap <= (1e-2 if self.dtype == torch.float32 else 0.5):
+            return None
+        self.share = False
+        if self.config.share_prefixes:
+            raise ConfigError(f"policy.share_prefixes does not work with this model ({reason}): set it to null or false")
+        return reason
 
     def shard(self, mesh: "DeviceMesh", param_dtype: torch.dtype | None) -> None:
         """Shard every decoder block and then the rest over ``mesh`` with FSDP2; gradients are reduced in fp32.
@@ -192,9 +229,7 @@ class Policy(nn.Module):
         """
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        if self.config.share_prompts:
-            raise ConfigError("policy.share_prompts does not work with FSDP2 yet: leave it out, or set it to false")
-        self.shares_prompts = False
+        self.dtype = param_dtype or torch.float32
         precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
         blocks = set(self.lm._no_split_modules or [])
         for module in list(self.lm.modules()):
