@@ -134,6 +134,8 @@ class Plan:
     """Row indices of each micro-batch."""
     as_tree: bool
     """Run each as a prefix tree (`prefix_tree.py`), else as padded rows."""
+    tokens: int
+    """That the decoder computes."""
     cost: float
     """Expected, in the unit of :class:`Costs`."""
 
@@ -174,7 +176,7 @@ def _tree_plan(batch: RolloutBatch, max_tokens: int, costs: Costs) -> Plan:
     ids, ends = batch.input_ids.cpu().numpy(), np.asarray(batch.lengths)
     order, block = lexical_order(ids, ends), BLOCK[batch.input_ids.device.type]
     cuts: list[list[int]] = []
-    tokens, cost = 0, 0.0
+    tokens, total, cost = 0, 0, 0.0
     for row, common in zip(order.tolist(), [0, *common_prefixes(ids, ends, order)], strict=True):
         end = batch.lengths[row]
         if not cuts or tokens + end - common > max_tokens:
@@ -182,10 +184,10 @@ def _tree_plan(batch: RolloutBatch, max_tokens: int, costs: Costs) -> Plan:
             tokens, common, cost = 0, 0, cost + costs.micro_batch
         cuts[-1].append(row)
         new = end - common
-        tokens += new
+        tokens, total = tokens + new, total + new
         keys = new * ((common + end) / 2 + block)
         cost += new + costs.pair * keys + costs.prediction * min(new, int(batch.completion_mask[row].sum()))
-    return Plan(cuts, True, cost)
+    return Plan(cuts, True, total, cost)
 
 
 def _row_plan(batch: RolloutBatch, max_tokens: int, costs: Costs) -> Plan:
@@ -204,4 +206,5 @@ def _row_plan(batch: RolloutBatch, max_tokens: int, costs: Costs) -> Plan:
     while start < len(rows):
         cuts.append(rows[start : -best[start][1]])
         start = -best[start][1]
-    return Plan(cuts, False, best[0][0] + costs.prediction * int(batch.completion_mask.sum()))
+    total = sum(len(cut) * batch.lengths[cut[0]] for cut in cuts)
+    return Plan(cuts, False, total, best[0][0] + costs.prediction * int(batch.completion_mask.sum()))

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 TILE_TOKENS = {"cpu": 1024, "cuda": 8192}
 """A tile has at most so many tokens."""
-TILE_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}
+TILE_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 26}
 """A tile has at most so many logits, of 4 bytes: few enough to stay in a CPU's cache, enough to keep a GPU busy."""
 
 

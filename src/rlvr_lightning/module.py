@@ -163,7 +163,8 @@ class RLVRModule(LightningModule):
         """Load the frozen reference if the objective has a KL term; with LoRA it is the adapter switched off."""
         self._loaded_version = 0  # from here on the trainer counts, from the checkpoint's updates if there is one
         if self.uses_reference and self.policy_config.lora is None and not self._reference:
-            reference = self.policy_config.build().requires_grad_(False)
+            sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)  # FSDP2 casts by itself
+            reference = self.policy_config.build().freeze(torch.float32 if sharded else self.compute_dtype)
             self._reference = (self._shard(reference).to(self.trainer.strategy.root_device),)
         reason = self.policy.check_sharing()
         if reason and self.trainer.is_global_zero:
@@ -269,6 +270,7 @@ class RLVRModule(LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = self._learning_rate()
         metrics |= {"train/grad_norm": grad_norm, "train/lr": self._learning_rate(), "train/tokens": num_tokens.float()}
+        metrics["train/computed_tokens"] = self._sum(torch.tensor(float(plan.tokens), device=self.device))
         optimizer.step()  # Lightning counts it: policy_version += 1
         return metrics
 

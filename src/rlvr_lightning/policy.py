@@ -220,6 +220,16 @@ class Policy(nn.Module):
             raise ConfigError(f"policy.share_prefixes does not work with this model ({reason}): set it to null or false")
         return reason
 
+    def freeze(self, dtype: torch.dtype) -> "Policy":
+        """Train no more, and hold the linear layers in the dtype of the forward pass: the bits that autocast would make of
+        them at every pass, in half the memory. What autocast leaves alone stays in fp32."""
+        self.requires_grad_(False)
+        head = self.lm.get_output_embeddings()
+        for layer in self.lm.modules():
+            if type(layer) is nn.Linear and layer is not head:  # the head may share its weight with the embedding
+                layer.to(dtype)
+        return self
+
     def shard(self, mesh: "DeviceMesh", param_dtype: torch.dtype | None) -> None:
         """Shard every decoder block and then the rest over ``mesh`` with FSDP2; gradients are reduced in fp32.
 
