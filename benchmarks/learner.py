@@ -4,8 +4,7 @@
 
 The real module trains on made-up rollouts: one prompt, random answers that share nothing with each other. Needed are, for every
 distinct prefix, two operations per weight and four per query, key and channel, three times (forward, and two products in the
-backward pass); nothing is counted twice for what is computed
-again. The time is the whole update: forward, backward, gradient
+backward pass); nothing is counted twice for what is computed again. The time is the whole update: forward, backward, gradient
 clipping, AdamW. The peak is measured before every step, in the same process. `--profile` lists what the time went into.
 """
 
@@ -25,7 +24,7 @@ from torch.profiler import profile
 
 from rlvr_lightning.data import SingleExampleDataModule
 from rlvr_lightning.losses import Objective
-from rlvr_lightning.models import resolve_model
+from rlvr_lightning.models import load_config_and_tokenizer, resolve_model
 from rlvr_lightning.module import RLVRModule
 from rlvr_lightning.policy import Policy, PolicyConfig
 from rlvr_lightning.records import Completion, Problem, ProblemBatch, Rollout, Score
@@ -141,8 +140,6 @@ def train(options: argparse.Namespace, model: str, *, tokens: int, kl_coef: floa
         tokens_per_micro_batch=tokens,
         mismatch_limit=float("inf"),
     )
-    from rlvr_lightning.models import load_config_and_tokenizer
-
     config, _ = load_config_and_tokenizer(policy.model_path)
     source = MadeUpRollouts(options.prompt, options.completion, options.rollouts, config.vocab_size)
     trainer = Trainer(
@@ -196,7 +193,7 @@ def main() -> None:
         print(json.dumps(result, indent=2))
     else:
         print(
-            f"{options.rollouts} rollouts of {options.prompt} + {options.completion} tokens: update {result['update_s']:.1f} s, "
+            f"{options.rollouts} rollouts of {options.prompt} + {options.completion} tokens: {result['update_s']:.1f} s, "
             f"needs {result['needed_tflop']:.2f} TFLOP; peak {result['peak_tflop_per_s']:.2f} TFLOP/s, of it "
             f"{100 * result['share_of_peak']:.0f} % ({100 * min(shares):.0f} to {100 * max(shares):.0f})"
         )

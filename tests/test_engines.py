@@ -6,9 +6,12 @@ through fails the parity tests. ``hf-copy`` is HFEngine as it runs beside a shar
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +22,7 @@ from rlvr_lightning.engines import RolloutEngine, Sampling
 from rlvr_lightning.engines.hf import HFEngine
 from rlvr_lightning.engines.vllm import VLLMEngine
 from rlvr_lightning.errors import ConfigError
+from rlvr_lightning.jsonl import read_jsonl
 from rlvr_lightning.policy import LoRA, Policy, PolicyConfig, PolicyWeights
 from rlvr_lightning.records import Completion, Problem, Rollout, Score
 from rlvr_lightning.rollout import seed_for
@@ -446,3 +450,35 @@ def test_close_twice_leaves_an_engine_without_weights(pool: EnginePool, policy: 
     assert engine.version is None
     with pytest.raises(RuntimeError, match="holds no weights"):
         sample(engine)
+
+
+# --- time and memory of a step -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("updates_per_step", [1, 2])
+def test_the_parts_of_a_step_add_up_to_it_without_the_evaluation_between_steps(
+    tiny_model: Path, tmp_path: Path, updates_per_step: int
+):
+    command = [
+        *("fit", "--model.policy.model", str(tiny_model), "--model.updates_per_step", str(updates_per_step)),
+        *("--data", "SingleExampleDataModule", "--data.question", "3 + 4", "--data.answer", "7"),
+        *("--data.problems_per_step", "2", "--data.evals", "{sums: builtin:addition_1digit}"),
+        *("--rollout.engine", "rlvr_lightning.engines.hf.HFEngine"),
+        *("--rollout.sampling.max_tokens", "8", "--rollout.eval_sampling.max_tokens", "48"),
+        *("--trainer.accelerator", "cpu", "--trainer.max_steps", str(4 * updates_per_step)),
+        *("--trainer.val_check_interval", "1", "--trainer.default_root_dir", str(tmp_path)),
+    ]
+    subprocess.run([sys.executable, "-m", "rlvr_lightning", *command], check=True, stdout=subprocess.DEVNULL)
+    lines = list(read_jsonl(tmp_path / "metrics.jsonl"))
+    rows = [row for row in lines if "time/step_s" in row]
+    assert len(rows) == 4
+    for step, evaluation, following in zip(lines[1::2], lines[2::2], lines[3::2], strict=False):
+        evaluation_s, following_s = evaluation["time"] - step["time"], following["time"] - evaluation["time"]
+        assert following["time/step_s"] < following_s + evaluation_s / 2
+    for row in rows:
+        parts = {key: value for key, value in row.items() if key.startswith("time/") and key != "time/step_s"}
+        assert row["time/wait_s"] == 0
+        assert ("time/old_s" in parts) == (updates_per_step > 1)
+        assert 0 <= row["time/step_s"] - sum(parts.values()) <= max(0.02 * row["time/step_s"], 0.02), parts
+        assert 0 < row["memory/rss_gib"] <= row["memory/peak_gib"]
+    assert rows[0]["memory/peak_gib"] <= rows[-1]["memory/peak_gib"] < psutil.virtual_memory().total / 2**30

@@ -10,7 +10,7 @@ import rlvr_lightning
 
 SOURCE = Path(rlvr_lightning.__file__).parent
 LAYERS = [
-    "errors records",
+    "errors records startup",
     "grading.verdict grading.boxed",
     "grading.math.tree grading.math.tokens grading.math.normalize grading.math.expression grading.math.rational "
     "grading.math.value grading.math.units grading.math.answers grading.math.relations "

@@ -222,6 +222,19 @@ def test_gradient_checkpointing_runs_every_layer_twice(tiny_model: Path):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_frozen_policy_in_bfloat16_has_the_bits_of_autocast(tmp_path: Path, tied: bool):
+    folder, batch = write_tiny_model(tmp_path, tied=tied), branches()
+    plain, frozen = build(folder), build(folder).freeze(torch.bfloat16)
+    linear = frozen.lm.get_decoder().layers[0].mlp.up_proj.weight
+    assert (linear.dtype, frozen.lm.get_input_embeddings().weight.dtype) == (torch.bfloat16, torch.float32)
+    assert not any(p.requires_grad for p in frozen.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False), torch.no_grad():
+        for as_tree in (False, True):
+            expected = stats(plain, batch, as_tree=as_tree)
+            assert torch.equal(torch.stack(stats(frozen, batch, as_tree=as_tree)), torch.stack(expected))
+
+
 def test_training_mode_does_not_switch_dropout_on(tiny_model: Path, tmp_path: Path):
     folder = shutil.copytree(tiny_model, tmp_path / "dropout")
     config = (folder / "config.json").read_text()

@@ -23,6 +23,7 @@ from rlvr_lightning.data import ProblemDataModule, ProblemLoader, SingleExampleD
 from rlvr_lightning.engines import Sampling, WeightSource
 from rlvr_lightning.engines.hf import HFEngine
 from rlvr_lightning.losses import LossTerms, Objective
+from rlvr_lightning.models import bf16_speedup
 from rlvr_lightning.module import AdamW, RLVRModule
 from rlvr_lightning.policy import LoRA, PolicyConfig
 from rlvr_lightning.prompts import PromptTemplate
@@ -677,3 +678,26 @@ def test_the_toy_run_learns(tiny_model: Path, tmp_path: Path):
     assert rewards[0] < 0.5
     assert sum(rewards[-5:]) / 5 > 0.9, rewards
     assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize(
+    ("speedup", "precision", "warned"), [(0.4, "bf16-mixed", True), (2.0, "bf16-mixed", False), (0.4, "32-true", False)]
+)
+def test_a_cpu_that_is_slow_in_bfloat16_is_told_to_take_float32(
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    speedup: float,
+    precision: str,
+    warned: bool,
+):
+    monkeypatch.setattr("rlvr_lightning.module.bf16_speedup", lambda: speedup)
+    module = RLVRModule(policy=PolicyConfig(model=str(tiny_model)), objective=Objective(kl_coef=0))
+    module.trainer = Trainer(accelerator="cpu", precision=precision, logger=False)
+    module.configure_model()
+    module.on_fit_start()
+    assert ("set trainer.precision to 32-true" in capsys.readouterr().out) == warned
+
+
+def test_this_cpu_is_measured():
+    assert 0.01 < bf16_speedup() < 100

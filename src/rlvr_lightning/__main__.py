@@ -31,24 +31,28 @@ def main() -> int:
         print(__version__)
         return 0
     from rlvr_lightning.errors import ConfigError
+    from rlvr_lightning.startup import imports
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        if args[0] in ("fit", "validate", "test", "predict"):
-            from rlvr_lightning.cli import main as run
-        elif args[0] == "sweep":
-            from rlvr_lightning.sweep import main as run
-        elif args[0] == "quickstart":
-            from rlvr_lightning.quickstart import main as run
-        elif args[0] == "compare":
-            from rlvr_lightning.evaluation.compare import main as run
-        elif args[0] == "grade":
-            from rlvr_lightning.grade import main as run
-        else:
-            raise ConfigError(f"no command {args[0]!r}: use quickstart, fit, validate, test, predict, sweep, compare or grade")
+        with imports():
+            if args[0] in ("fit", "validate", "test", "predict"):
+                from rlvr_lightning.cli import main as run
+            elif args[0] == "sweep":
+                from rlvr_lightning.sweep import main as run
+            elif args[0] == "quickstart":
+                from rlvr_lightning.quickstart import main as run
+            elif args[0] == "compare":
+                from rlvr_lightning.evaluation.compare import main as run
+            elif args[0] == "grade":
+                from rlvr_lightning.grade import main as run
+            else:
+                raise ConfigError(
+                    f"no command {args[0]!r}: use quickstart, fit, validate, test, predict, sweep, compare or grade"
+                )
         return run(args)
     except ConfigError as error:
         print(f"rlvr: error: {error}", file=sys.stderr)

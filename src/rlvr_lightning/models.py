@@ -8,6 +8,7 @@ converted once into an ordinary Hugging Face folder in the user's cache. Where t
 import importlib.util
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,25 @@ def load_config_and_tokenizer(path: str) -> "tuple[PretrainedConfig, PreTrainedT
             f"model {path!r} is neither a model folder here nor a hub id that can be reached ({reason}): set policy.model "
             "to a folder with config.json, tokenizer and weights, or to a hub id while online"
         ) from error
+
+
+def bf16_speedup() -> float:
+    """Return how many times faster a bfloat16 matrix product is than a float32 one on this CPU; takes some 50 ms.
+
+    Above 1 with AVX512-BF16 or AMX; far below 1 where bfloat16 is emulated.
+    """
+    import torch
+
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(1024, 1024, dtype=dtype)
+        taken = []
+        for _ in range(3):
+            started = time.perf_counter()
+            a @ a
+            taken.append(time.perf_counter() - started)
+        seconds[dtype] = min(taken)
+    return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
 def cache_dir() -> Path:

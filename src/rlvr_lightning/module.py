@@ -24,6 +24,7 @@ from rlvr_lightning.batching import Plan, RolloutBatch, group_rewards, plan_micr
 from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.losses import Objective
 from rlvr_lightning.metrics import REFLECTION_WORDS, evaluation_metrics
+from rlvr_lightning.models import bf16_speedup
 from rlvr_lightning.policy import Policy, PolicyConfig, PolicyWeights
 from rlvr_lightning.records import ProblemBatch
 
@@ -169,6 +170,9 @@ class RLVRModule(LightningModule):
         reason = self.policy.check_sharing()
         if reason and self.trainer.is_global_zero:
             print(f"prefixes are not shared: {reason}", flush=True)
+        if self.device.type == "cpu" and self.compute_dtype == torch.bfloat16 and (speedup := bf16_speedup()) < 1:
+            slower = f"bfloat16 matrix products run at {speedup:.2f} of the speed of float32 on this CPU"
+            print(f"warning: {slower}: set trainer.precision to 32-true", flush=True)
 
     def _shard(self, policy: Policy) -> Policy:
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
@@ -311,7 +315,7 @@ class RLVRModule(LightningModule):
         if self.trainer.world_size > 1:
             count = torch.tensor(len(plan.cuts), device=self.device)
             torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
-            plan.cuts.extend([[]] * (int(count) - len(plan.cuts)))
+            plan = replace(plan, cuts=plan.cuts + [[]] * (int(count) - len(plan.cuts)))
         return plan
 
     def _sum(self, value: Tensor) -> Tensor:

@@ -221,8 +221,10 @@ class Policy(nn.Module):
         return reason
 
     def freeze(self, dtype: torch.dtype) -> "Policy":
-        """Train no more, and hold the linear layers in the dtype of the forward pass: the bits that autocast would make of
-        them at every pass, in half the memory. What autocast leaves alone stays in fp32."""
+        """Train no more, and hold the linear layers in the dtype of the forward pass.
+
+        These are the bits that autocast would make of them in every pass, in half the memory; the rest stays in fp32.
+        """
         self.requires_grad_(False)
         head = self.lm.get_output_embeddings()
         for layer in self.lm.modules():

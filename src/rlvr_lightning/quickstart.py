@@ -16,7 +16,9 @@ from omegaconf import OmegaConf
 from rlvr_lightning.engines.vllm import VLLMEngine, import_vllm
 from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.jsonl import read_jsonl
+from rlvr_lightning.models import bf16_speedup
 from rlvr_lightning.plots import plot_run, read_curves
+from rlvr_lightning.startup import imports
 from rlvr_lightning.sweep import conf_dir
 
 EVALS = ("addition_1digit", "subtraction_1digit", "addition_2digit")
@@ -56,7 +58,8 @@ def quickstart(
     config = out / "run.yaml"
     OmegaConf.save(_compose(question, answer, name, seed, steps, out), config)
 
-    from rlvr_lightning.cli import run  # after the vLLM import has set its environment
+    with imports():
+        from rlvr_lightning.cli import run  # after the vLLM import has set its environment
 
     status, _ = run(["fit", "--config", str(config)])
     if status:
@@ -90,6 +93,8 @@ def _compose(question: str, answer: str, engine: str, seed: int, steps: int, out
     cfg.trainer.max_steps = steps
     cfg.trainer.val_check_interval = 5 if steps % 5 == 0 else steps  # the last step is always evaluated
     cfg.trainer.default_root_dir = str(out)
+    if bf16_speedup() < 1:
+        cfg.trainer.precision = "32-true"
     return cfg
 
 

@@ -1,7 +1,10 @@
 """The only place that talks to an engine: sync when stale, sample, grade, attach."""
 
+import resource
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -56,7 +59,10 @@ class RolloutCallback(Callback):
         self.seed = seed
         self._window = 0
         self._checked: set[str] = set()
+        self._metrics = rollout_metrics()
         self._step_started = 0.0
+        self._evaluation_started = 0.0
+        self._other = 0.0
         self._collector: Collector | None = None
 
     @property
@@ -150,6 +156,11 @@ class RolloutCallback(Callback):
         of_what = f"{problems[0].question!r} -> {problems[0].answer}" if len(problems) == 1 else f"{len(problems)} problems"
         skipped = [] if pl_module.uses_reference else ["reference pass (kl_coef is 0)"]
         skipped += ["old-log-prob pass (one update per step: exactly on-policy)"] if updates == 1 else []
+        skipped += (
+            ["what rollouts have in common, the prompt above all (computed once)"]
+            if pl_module.policy.share is not False
+            else []
+        )
         if not trainer.is_global_zero:
             return
         print(
@@ -178,26 +189,51 @@ class RolloutCallback(Callback):
         batch.group_size = sampling.rollouts_per_problem
         return {"sync": synced - started, **self._collector.seconds}
 
+    def on_train_start(self, trainer: Trainer, pl_module: RLVRModule) -> None:
+        """Start the clock of the first step."""
+        self._step_started = time.perf_counter()
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: RLVRModule, batch: ProblemBatch, batch_idx: int) -> None:
         """Attach this step's rollouts and log what they say."""
-        self._step_started = time.perf_counter()
+        started = time.perf_counter()
         seconds = self._attach(pl_module, batch, self.prompt, self.sampling)
         self.engine.sleep()
+        seconds["wait"] = self._wait_for_other_ranks(trainer)
         assert batch.rollouts is not None
-        metrics = rollout_metrics().to(pl_module.device)
+        metrics = self._metrics.to(pl_module.device)
+        metrics.reset()
         metrics.update(batch.rollouts)
         generated = sum(len(r.completion.token_ids) for r in batch.rollouts)
         values: dict[str, Any] = {f"rollout/{key}": value.float() for key, value in metrics.compute().items()}
         values["rollout/tokens_per_s"] = generated / max(seconds["generate"], 1e-9)
         values |= {f"time/{part}_s": value for part, value in seconds.items()}
         pl_module.log_dict(values, batch_size=len(batch.rollouts))
+        between_steps, whole = started - self._step_started, time.perf_counter() - started
+        self._other = between_steps + whole - sum(seconds.values())
+
+    @staticmethod
+    def _wait_for_other_ranks(trainer: Trainer) -> float:
+        """Return the seconds from here until the last rank is here too."""
+        if trainer.world_size == 1:
+            return 0.0
+        started = time.perf_counter()
+        trainer.strategy.barrier()
+        return time.perf_counter() - started
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: RLVRModule, outputs: Any, batch: ProblemBatch, batch_idx: int
     ) -> None:
-        """Log the whole step's time and the memory it ended with."""
-        pl_module.log("time/step_s", time.perf_counter() - self._step_started)
-        pl_module.log("memory/rss_gib", psutil.Process().memory_info().rss / 2**30)
+        """Log the whole step's time, from the end of the step before, and the memory it ended with."""
+        ended = time.perf_counter()
+        pl_module.log_dict(
+            {
+                "time/other_s": self._other,
+                "time/step_s": ended - self._step_started,
+                "memory/rss_gib": psutil.Process().memory_info().rss / 2**30,
+                "memory/peak_gib": peak_memory_gib(),
+            }
+        )
+        self._step_started = ended
 
     def _evaluate(self, trainer: Trainer, module: RLVRModule, batch: ProblemBatch) -> None:
         """Attach what is known, and sample or score the rest as its set declares."""
@@ -226,6 +262,14 @@ class RolloutCallback(Callback):
         groups = batch.known | {slot: new[i * size : (i + 1) * size] for i, slot in enumerate(rest.slots)}
         batch.rollouts = [rollout for slot in batch.slots for rollout in groups[slot]]
         batch.group_size = size
+
+    def on_validation_start(self, trainer: Trainer, pl_module: RLVRModule) -> None:
+        """Stop the clock of the step: an evaluation is no part of it."""
+        self._evaluation_started = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: RLVRModule) -> None:
+        """Let the clock go on."""
+        self._step_started += time.perf_counter() - self._evaluation_started
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: RLVRModule, batch: ProblemBatch, batch_idx: int, dataloader_idx: int = 0
@@ -265,3 +309,11 @@ class RolloutCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: RLVRModule, exception: BaseException) -> None:
         """Leave no process behind."""
         self.close()
+
+
+def peak_memory_gib() -> float:
+    """Return the most main memory that this process has held so far, GiB."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would begin with the peak of the process that started this one
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:")) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

@@ -7,8 +7,10 @@ and redoes the CPU backend's repacking of linear weights (a plain ``load_weights
 import gc
 import importlib.util
 import os
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,7 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rlvr_lightning.engines import Listener, RolloutEngine, Sampling, WeightSource, require_weights
 from rlvr_lightning.errors import ConfigError
+from rlvr_lightning.models import load_config_and_tokenizer
 from rlvr_lightning.records import Completion
+from rlvr_lightning.startup import imports
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -32,7 +36,7 @@ class VLLMEngine(RolloutEngine):
     Args:
         dtype: weights and activations; ``auto`` takes the learner's compute dtype.
         gpu_memory_utilization: share of the GPU that vLLM may use; None = 0.45 (GPU only).
-        kv_cache_gib: size of the key/value cache in GiB; None = 1 (CPU only).
+        kv_cache_gib: size of the key/value cache in GiB; None = room for 64 of the longest sequences, at most 1 (CPU only).
         max_num_seqs: most sequences decoded at the same time.
         enforce_eager: skip CUDA graphs: faster start, slower decoding; None = False (GPU only; the CPU always runs eagerly).
         sleep: free vLLM's weights and cache while the learner updates; None = True (GPU only). False: both stay resident.
@@ -43,7 +47,7 @@ class VLLMEngine(RolloutEngine):
         *,
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         gpu_memory_utilization: float | None = None,
-        kv_cache_gib: int | None = None,
+        kv_cache_gib: float | None = None,
         max_num_seqs: int = 256,
         enforce_eager: bool | None = None,
         sleep: bool | None = None,
@@ -52,8 +56,8 @@ class VLLMEngine(RolloutEngine):
             raise ConfigError(
                 f"rollout.engine.gpu_memory_utilization is {gpu_memory_utilization}: set it above 0 and at most 1"
             )
-        if kv_cache_gib is not None and kv_cache_gib < 1:
-            raise ConfigError(f"rollout.engine.kv_cache_gib is {kv_cache_gib}: set it to 1 or more")
+        if kv_cache_gib is not None and not kv_cache_gib > 0:
+            raise ConfigError(f"rollout.engine.kv_cache_gib is {kv_cache_gib}: set it above 0")
         if max_num_seqs < 1:
             raise ConfigError(f"rollout.engine.max_num_seqs is {max_num_seqs}: set it to 1 or more")
         self.version: int | None = None
@@ -112,8 +116,6 @@ class VLLMEngine(RolloutEngine):
 
     def _start(self, weights: WeightSource, window: int) -> "LLM":
         on_gpu = torch.cuda.is_available()
-        if not on_gpu:
-            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(self._kv_cache_gib or 1)
         vllm = import_vllm()
         platform: dict[str, Any] = (
             {
@@ -122,15 +124,24 @@ class VLLMEngine(RolloutEngine):
                 "enforce_eager": bool(self._enforce_eager),
             }
             if on_gpu
-            else {"enforce_eager": True, "block_size": _BLOCK_SIZE}
+            else {
+                "enforce_eager": True,
+                "block_size": _BLOCK_SIZE,
+                "kv_cache_memory_bytes": int(self._kv_cache_gib * 2**30)
+                if self._kv_cache_gib
+                else _cache_bytes(weights, window),
+            }
         )
-        threads = torch.get_num_threads()
+        set_num_threads = torch.set_num_threads
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # vLLM's own imports
-            llm = vllm.LLM(
+            with imports():
+                load_format = "dummy" if on_gpu else _register_empty_loader()
+                LLM = vllm.LLM  # the attribute imports it
+            llm = LLM(
                 weights.model_path,
                 dtype=str(weights.dtype).removeprefix("torch.") if self._dtype == "auto" else self._dtype,
-                load_format="dummy",  # the real weights always come from the learner
+                load_format=load_format,  # the real weights always come from the learner
                 skip_tokenizer_init=True,
                 generation_config="vllm",  # nothing hidden in the model's own generation config
                 logprobs_mode="processed_logprobs",  # at the sampling temperature
@@ -144,7 +155,7 @@ class VLLMEngine(RolloutEngine):
                 seed=0,
                 **platform,
             )
-        torch.set_num_threads(threads)
+        torch.set_num_threads = set_num_threads  # vLLM's CPU worker puts a function there that does nothing
         self._window, self._tokenizer, self._eos = window, weights.tokenizer, weights.eos_token_ids
         return llm
 
@@ -163,11 +174,6 @@ class VLLMEngine(RolloutEngine):
         vllm = import_vllm()
         assert self._llm is not None
         inputs = [vllm.TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
-        if sampling.rollouts_per_problem > 1:
-            # Requests that arrive together are prefilled together, each in full. One token per distinct prompt first
-            # puts it into the prefix cache: measured on two cores, 64 rollouts of a 68-token prompt in half the time.
-            distinct = list({tuple(p): i for p, i in zip(prompts, inputs, strict=True)}.values())
-            self._llm.generate(distinct, self._params(sampling, None, max_tokens=1), use_tqdm=False)
         requests = [i for i, row in zip(inputs, seeds, strict=True) for _ in row]
         params = [self._params(sampling, seed) for row in seeds for seed in row]
         group = sampling.rollouts_per_problem
@@ -175,22 +181,23 @@ class VLLMEngine(RolloutEngine):
         for i, (request, param) in enumerate(zip(requests, params, strict=True)):
             engine.add_request(str(i), request, param)
         completions: dict[int, Completion] = {}
-        while engine.has_unfinished_requests():  # LLM.generate's own loop, except that it tells of each one as it ends
-            outputs: list[Any] = engine.step()
-            for output in outputs:
-                if output.finished:
-                    i = int(output.request_id)
-                    completions[i] = self._completion(output.outputs[0])
-                    if on_completion is not None:
-                        on_completion(i // group, completions[i])
+        with _no_ranks():
+            while engine.has_unfinished_requests():  # LLM.generate's own loop, except that it tells of each one as it ends
+                outputs: list[Any] = engine.step()
+                for output in outputs:
+                    if output.finished:
+                        i = int(output.request_id)
+                        completions[i] = self._completion(output.outputs[0])
+                        if on_completion is not None:
+                            on_completion(i // group, completions[i])
         return [[completions[i] for i in range(start, start + group)] for start in range(0, len(params), group)]
 
-    def _params(self, sampling: Sampling, seed: int | None, max_tokens: int | None = None) -> "SamplingParams":
+    def _params(self, sampling: Sampling, seed: int) -> "SamplingParams":
         return import_vllm().SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=0,
-            max_tokens=max_tokens or sampling.max_tokens,
+            max_tokens=sampling.max_tokens,
             seed=seed if sampling.temperature > 0 else None,
             stop_token_ids=list(self._eos),
             logprobs=0,
@@ -233,10 +240,59 @@ def import_vllm() -> Any:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # keep the threads that the learner uses
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), nullcontext() if "vllm" in sys.modules else imports():
         warnings.simplefilter("ignore")  # vLLM's import trips over deprecations of its own
         import vllm
     return vllm
+
+
+def _cache_bytes(weights: WeightSource, window: int) -> int:
+    """Return the size of a cache for 64 sequences of ``window`` tokens, at most 1 GiB but never less than two sequences.
+
+    vLLM takes its blocks in turn, so that sooner or later all of them are in memory.
+    """
+    config, _ = load_config_and_tokenizer(weights.model_path)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * heads * width * 4  # of float32, the widest that an engine may have
+    sequence = token * _BLOCK_SIZE * (window // _BLOCK_SIZE + 1)
+    return max(2 * sequence, min(64 * sequence, 2**30))
+
+
+def _register_empty_loader() -> str:
+    """Teach vLLM a load format that leaves the weights as they were allocated; return its name.
+
+    vLLM's "dummy" draws a random number for each weight, on one core: a minute per ten billion.
+    """
+    from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
+    @register_model_loader("empty")
+    class EmptyLoader(DummyModelLoader):
+        def load_weights(self, model: torch.nn.Module, model_config: object) -> None:
+            pass
+
+    return "empty"
+
+
+@contextmanager
+def _no_ranks() -> Iterator[None]:
+    """Keep vLLM on the CPU from ranking each sampled token among the vocabulary, which nobody asks for.
+
+    Its function for that is compiled at the first request, which takes two seconds and a C++ compiler.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    from vllm.v1.sample import sampler
+
+    name = "batched_count_greater_than"
+    count = getattr(sampler, name)
+    setattr(sampler, name, lambda logprobs, _: torch.zeros(len(logprobs), dtype=torch.int64))
+    try:
+        yield
+    finally:
+        setattr(sampler, name, count)
 
 
 def _repack_tied_head(model: torch.nn.Module) -> None:
