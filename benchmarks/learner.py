@@ -79,6 +79,8 @@ class MadeUpRollouts(Callback):
     ) -> None:
         """Keep what the step logged."""
         self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        update, peak = self.steps[-1]["time/update_s"], self.peaks[-1] / 1e12
+        print(f"step {len(self.steps)}: update {update:.1f} s, peak {peak:.3f} TFLOP/s", file=sys.stderr, flush=True)
 
 
 def matmul_peak(size: int | None = None, repetitions: int = 5) -> float:

@@ -33,6 +33,7 @@ from rlvr_lightning.losses import Objective
 from rlvr_lightning.module import AdamW, RLVRModule
 from rlvr_lightning.policy import LoRA, PolicyConfig
 from rlvr_lightning.prompts import PromptTemplate
+from rlvr_lightning.startup import limit_threads
 from rlvr_lightning.verify import Verifier
 
 CALLBACKS: dict[str, type] = {
@@ -179,6 +180,7 @@ def run(args: list[str]) -> "tuple[int, RLVRCLI]":
     """Run one subcommand; return the exit status and the command line object with its trainer."""
     sys.argv = [sys.argv[0], *args]  # Lightning starts further ranks by repeating this command
     _quiet()
+    limit_threads()
     try:
         cli = RLVRCLI()
     except ValueError as error:  # jsonargparse wraps what a constructor raised

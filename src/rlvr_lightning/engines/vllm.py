@@ -117,6 +117,7 @@ class VLLMEngine(RolloutEngine):
     def _start(self, weights: WeightSource, window: int) -> "LLM":
         on_gpu = torch.cuda.is_available()
         vllm = import_vllm()
+        dtype = weights.dtype if self._dtype == "auto" else getattr(torch, self._dtype)
         platform: dict[str, Any] = (
             {
                 "gpu_memory_utilization": self._gpu_memory_utilization or 0.45,
@@ -127,9 +128,7 @@ class VLLMEngine(RolloutEngine):
             else {
                 "enforce_eager": True,
                 "block_size": _BLOCK_SIZE,
-                "kv_cache_memory_bytes": int(self._kv_cache_gib * 2**30)
-                if self._kv_cache_gib
-                else _cache_bytes(weights, window),
+                "kv_cache_memory_bytes": int((self._kv_cache_gib or 0) * 2**30) or _cache_bytes(weights, window, dtype),
             }
         )
         set_num_threads = torch.set_num_threads
@@ -140,7 +139,7 @@ class VLLMEngine(RolloutEngine):
                 LLM = vllm.LLM  # the attribute imports it
             llm = LLM(
                 weights.model_path,
-                dtype=str(weights.dtype).removeprefix("torch.") if self._dtype == "auto" else self._dtype,
+                dtype=str(dtype).removeprefix("torch."),
                 load_format=load_format,  # the real weights always come from the learner
                 skip_tokenizer_init=True,
                 generation_config="vllm",  # nothing hidden in the model's own generation config
@@ -246,15 +245,15 @@ def import_vllm() -> Any:
     return vllm
 
 
-def _cache_bytes(weights: WeightSource, window: int) -> int:
+def _cache_bytes(weights: WeightSource, window: int, dtype: torch.dtype) -> int:
     """Return the size of a cache for 64 sequences of ``window`` tokens, at most 1 GiB but never less than two sequences.
 
-    vLLM takes its blocks in turn, so that sooner or later all of them are in memory.
+    vLLM writes zeros to all of it at once, so it is memory that the learner lacks.
     """
     config, _ = load_config_and_tokenizer(weights.model_path)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * config.num_hidden_layers * heads * width * 4  # of float32, the widest that an engine may have
+    token = 2 * config.num_hidden_layers * heads * width * dtype.itemsize
     sequence = token * _BLOCK_SIZE * (window // _BLOCK_SIZE + 1)
     return max(2 * sequence, min(64 * sequence, 2**30))
 
