@@ -70,6 +70,7 @@ def measure(policy: Policy, cell: tuple[int, int, int], options: argparse.Namesp
     for repetition in range(options.repetitions + 1):
         for share in (True, False):
             taken = seconds(lambda share=share: run(policy, batch, options.tokens, share=share))
+            print(f"{prompt}x{completion}x{group} {'tree' if share else 'rows'}: {taken:.2f} s", file=sys.stderr, flush=True)
             if repetition:
                 times[share].append(taken)
     ratios = [rows / tree for rows, tree in zip(times[False], times[True], strict=True)]
