@@ -267,10 +267,11 @@ def test_two_processes_train_like_one(two: list[dict[str, Any]], tiny_model: Pat
     assert largest_gap(expected, start_weights(tiny_model)) > 5e-3
     for rank in two:
         assert largest_gap(rank[name]["weights"], expected) < 1e-5
-        for ours, theirs in zip(record.metrics, rank[name]["metrics"], strict=True):
+        for step, (ours, theirs) in enumerate(zip(record.metrics, rank[name]["metrics"], strict=True)):
+            rel = 1e-5 if step == 0 else 5e-4  # every update multiplies what rounding left
             for key in ("train/loss", "train/kl", "train/entropy", "train/grad_norm", "train/tokens", "mismatch/mean_abs"):
                 if key in ours:
-                    assert theirs[key] == pytest.approx(ours[key], rel=1e-4, abs=1e-5), key
+                    assert theirs[key] == pytest.approx(ours[key], rel=rel, abs=1e-5), key
 
 
 def plan_of(slots: Sequence[int], *, share: bool) -> list[list[int]]:
