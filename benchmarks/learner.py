@@ -45,7 +45,7 @@ SHAPES = {
 
 
 class MadeUpRollouts(Callback):
-    """Attaches the same rollouts to every batch; a measured step is surrounded by ``around``."""
+    """Attaches the same rollouts to every batch: one prompt, random answers of one length, every other one right."""
 
     def __init__(self, prompt: int, completion: int, rollouts: int, vocabulary: int) -> None:
         generator = torch.Generator().manual_seed(0)

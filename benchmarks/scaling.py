@@ -4,7 +4,7 @@
 
 A case is ROLLOUTSxPROMPTxCOMPLETION. Each runs in a process of its own: the real trainer, engine and grader, KL on, with an
 engine that never stops early, so that every completion has exactly so many tokens. The first step is not counted.
-With `--ranks 2` the rollouts are sampled by transformers and the learner is sharded with FSDP2.
+With `--ranks 2` transformers samples, which stops where an answer ends, and the learner is sharded with FSDP2.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from rlvr_lightning.callbacks.rollout import RolloutCallback
 from rlvr_lightning.data import SingleExampleDataModule
 from rlvr_lightning.engines import Sampling
 from rlvr_lightning.engines.hf import HFEngine
-from rlvr_lightning.engines.vllm import VLLMEngine
 from rlvr_lightning.losses import Objective
 from rlvr_lightning.models import resolve_model
 from rlvr_lightning.module import RLVRModule
@@ -32,19 +31,10 @@ from rlvr_lightning.policy import PolicyConfig
 from rlvr_lightning.prompts import PromptTemplate
 from rlvr_lightning.records import Problem, ProblemBatch
 from rlvr_lightning.strategies import FSDP2Strategy
+from rollout import EndlessEngine
 
 MODEL = "embedded:SmolLM2-135M-Instruct"
 CASES = ["64x64x16", "256x64x16", "1024x64x16", "64x64x128", "64x1024x128"]
-
-
-class EndlessVLLM(VLLMEngine):
-    """Samples up to the limit."""
-
-    def _params(self, *args: Any, **kwargs: Any) -> Any:
-        params = super()._params(*args, **kwargs)
-        params.ignore_eos, params.stop_token_ids = True, []
-        params._all_stop_token_ids = set()
-        return params
 
 
 class Steps(Callback):
@@ -72,7 +62,7 @@ def question_of(length: int) -> str:
 def run_case(rollouts: int, prompt: int, completion: int, options: argparse.Namespace) -> dict[str, float]:
     """Train a few steps in this process; return medians of what they logged."""
     steps = Steps()
-    engine = EndlessVLLM() if options.engine == "vllm" else HFEngine()
+    engine = EndlessEngine() if options.engine == "vllm" else HFEngine()
     source = RolloutCallback(engine=engine, sampling=Sampling(rollouts_per_problem=8, temperature=0.8, max_tokens=completion))
     module = RLVRModule(
         policy=PolicyConfig(model=MODEL),

@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from conftest import write_tiny_model
+from rlvr_lightning import prefix_tree
 from rlvr_lightning.batching import RolloutBatch
 from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.policy import LoRA, Policy, PolicyConfig, PolicyWeights
-from rlvr_lightning.prefix_tree import BLOCK
+from rlvr_lightning.prefix_tree import BLOCK, PrefixTree
 from rlvr_lightning.records import Completion, Problem, Rollout, Score
 
 TEMPERATURE = 0.6
@@ -134,6 +135,19 @@ def test_every_distinct_prefix_is_computed_once(tiny_model: Path):
     policy(batch, as_tree=True)
     prefixes = {tuple(batch.input_ids[b, :t].tolist()) for b in range(len(batch)) for t in range(1, batch.lengths[b])}
     assert tokens == [len(prefixes)]  # of those that predict something; 12 + 5 here
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_backward_pass_of_the_cpu_is_that_of_autograd(window: int | None):
+    batch = branches()
+    blocks = PrefixTree.of(batch.input_ids, batch.lengths, batch.completion_mask).blocks
+    nodes, generator = blocks[-1].nodes.stop, torch.Generator().manual_seed(0)
+    inputs = [torch.randn(nodes, heads, 8, generator=generator, requires_grad=True) for heads in (6, 2, 2)]
+    found = []
+    for attend in (prefix_tree._AttendOnCPU.apply, prefix_tree._attend):
+        output = attend(*inputs, blocks, window, 0.3)
+        found.append([output, *torch.autograd.grad((output * torch.linspace(-1, 1, 8)).sum(), inputs)])
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

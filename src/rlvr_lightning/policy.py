@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -159,10 +159,11 @@ class Policy(nn.Module):
     def _predict(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Return log-probs and entropies (N,) of ``targets`` (N,) given the hidden states (N, H) that predict them."""
         head: Any = self.lm.get_output_embeddings()
-        weight = getattr(head, "base_layer", head).weight
-        if head is not getattr(head, "base_layer", head) and not head.disable_adapters:
+        base = getattr(head, "base_layer", head)  # of a head with adapters
+        weight = base.weight
+        if base is not head and not head.disable_adapters:
             weight = weight + head.get_delta_weight("default")
-        return token_logprobs_and_entropy(hidden, targets, weight, getattr(head, "bias", None), temperature)
+        return token_logprobs_and_entropy(hidden, targets, weight, base.bias, temperature)
 
     # --- sharing prefixes ----------------------------------------------------------------------------------------------
 
@@ -239,8 +240,6 @@ class Policy(nn.Module):
             mesh: one-dimensional data-parallel mesh.
             param_dtype: dtype in which parameters are gathered and used; None keeps fp32.
         """
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
         self.dtype = param_dtype or torch.float32
         precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
         blocks = set(self.lm._no_split_modules or [])

@@ -36,12 +36,14 @@ class Block:
     """(K,) node indices: the ancestors of the first node, then the block itself."""
     mask: Tensor
     """(C, K) bool: which of them each node sees."""
-    distance: Tensor
-    """(C, K) positions between a node and a key."""
+    positions: Tensor
+    """(K,) of the keys; the last C of them are the block's own."""
 
     def visible(self, window: int | None) -> Tensor:
         """Return the mask, for a sliding window of so many positions if there is one."""
-        return self.mask if window is None else self.mask & (self.distance < window)
+        if window is None:
+            return self.mask
+        return self.mask & (self.positions[-len(self.mask) :, None] - self.positions < window)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class PrefixTree:
         return cls(
             token_ids=torch.from_numpy(token[kept]).to(device),
             positions=torch.from_numpy(depth[kept]).to(device),
-            blocks=tuple(Block(b.nodes, b.keys.to(device), b.mask.to(device), b.distance.to(device)) for b in blocks),
+            blocks=tuple(Block(b.nodes, b.keys.to(device), b.mask.to(device), b.positions.to(device)) for b in blocks),
             parents=torch.from_numpy(index[parent[sampled]]).to(device),
             targets=torch.from_numpy(token[sampled]).to(device),
             place=torch.from_numpy(place).to(device),
@@ -105,14 +107,11 @@ class PrefixTree:
         return decoder(
             input_ids=self.token_ids[None],
             position_ids=self.positions[None],
-            attention_mask=self._no_mask(),
+            # Four dimensions keep transformers from making an (N, N) mask out of the repeating positions.
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.token_ids.device),
             use_cache=False,
             prefix_tree=self,
         ).last_hidden_state[0]
-
-    def _no_mask(self) -> Tensor:
-        # Four dimensions keep transformers from making an (N, N) mask out of the repeating positions.
-        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.token_ids.device)
 
 
 def lexical_order(ids: np.ndarray, ends: np.ndarray) -> np.ndarray:
@@ -133,6 +132,7 @@ def common_prefixes(ids: np.ndarray, ends: np.ndarray, order: np.ndarray) -> lis
 
 
 def _blocks(last: np.ndarray, parent: np.ndarray, depth: np.ndarray, size: int) -> list[Block]:
+    """Cut N nodes into blocks, given each one's last descendant, parent and depth, (N,) each."""
     blocks = []
     for start in range(0, len(last), size):
         nodes = np.arange(start, min(start + size, len(last)))
@@ -142,8 +142,7 @@ def _blocks(last: np.ndarray, parent: np.ndarray, depth: np.ndarray, size: int) 
             at = path[i] = parent[at]
         keys = np.concatenate([path, nodes])
         mask = (keys <= nodes[:, None]) & (nodes[:, None] <= last[keys])
-        distance = depth[nodes][:, None] - depth[keys]
-        blocks.append(Block(slice(start, int(nodes[-1]) + 1), *(torch.from_numpy(array) for array in (keys, mask, distance))))
+        blocks.append(Block(slice(start, start + len(nodes)), *(torch.from_numpy(a) for a in (keys, mask, depth[keys]))))
     return blocks
 
 
