@@ -185,8 +185,8 @@ class Policy(nn.Module):
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         head = config.vocab_size * config.hidden_size
         linear = sum(p.numel() for p in self.lm.get_decoder().parameters()) - head
-        # 2 flops per weight and token; 4 per query, key and channel, at about a quarter of the speed of a matrix product
-        return Costs(pair=4 * 4 * layers * heads * head_dim / (2 * linear), prediction=head / linear)
+        # 2 flops per weight and token; 4 per query, key and channel, at about a third of the speed of a matrix product
+        return Costs(pair=3 * 4 * layers * heads * head_dim / (2 * linear), prediction=head / linear)
 
     @torch.no_grad()
     def check_sharing(self) -> str | None:
