@@ -71,7 +71,7 @@ class MadeUpRollouts(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: ProblemBatch, batch_idx: int) -> None:
         """Measure the machine, then attach."""
         self.peaks.append(matmul_peak())
-        batch.problems = (self.rollouts[0].problem,)
+        batch.problems, batch.group_size = (self.rollouts[0].problem,), len(self.rollouts)
         batch.rollouts = self.rollouts
 
     def on_train_batch_end(

@@ -79,7 +79,7 @@ def compare(work: Workload, collector: Collector, repetitions: int) -> dict[str,
     assert llm is not None
     vllm = import_vllm()
     prompt = PROMPT(PROBLEM, collector.tokenizer)
-    batch = ProblemBatch(step=0, slots=tuple(range(GROUPS)), problems=(PROBLEM,) * GROUPS)
+    batch = ProblemBatch(step=0, slots=tuple(range(GROUPS)), problems=(PROBLEM,) * GROUPS, group_size=SIZE)
     seeds = [[seed_for(0, stream="train", step=0, slot=slot, sample=i) for i in range(SIZE)] for slot in range(GROUPS)]
     requests = [vllm.TokensPrompt(prompt_token_ids=list(prompt)) for _ in range(GROUPS * SIZE)]
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlvr_lightning.batching import RolloutBatch, group_rewards, plan_micro_batches, split_evenly
+from rlvr_lightning.batching import RolloutBatch, plan_micro_batches, share_of_rank, split_evenly
 from rlvr_lightning.records import Completion, Problem, Rollout, Score
 
 EOS = PAD = 0
@@ -86,7 +86,6 @@ def test_without_completions_keeps_the_rows_and_learns_from_none():
     [
         ([rollout(), rollout(completion=())], "completion without tokens"),
         ([rollout(temperature=0.6), rollout(temperature=1.0)], r"one sampling temperature, got \[0\.6, 1\.0\]"),
-        ([], "one sampling temperature"),
     ],
 )
 def test_rollouts_that_cannot_be_batched_are_refused(rollouts: list[Rollout], message: str):
@@ -94,27 +93,20 @@ def test_rollouts_that_cannot_be_batched_are_refused(rollouts: list[Rollout], me
         RolloutBatch.from_rollouts(rollouts)
 
 
-def test_rewards_come_out_as_problems_by_group():
-    rollouts = [rollout(reward=r, problem=PROBLEMS[i]) for i, group in enumerate(((1, 0, 0), (0, 1, 1))) for r in group]
-    assert group_rewards(rollouts, 2).tolist() == [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]]
+@given(st.integers(0, 60), st.integers(1, 5), st.integers(1, 5))
+def test_ranks_share_out_every_mini_batch_evenly(rollouts: int, updates: int, world_size: int):
+    shares = [share_of_rank(rollouts, updates, rank, world_size) for rank in range(world_size)]
+    assert sorted(i for share in shares for i in share) == list(range(rollouts))
+    assert all(share == sorted(share) for share in shares)
+    for minibatch in split_evenly(rollouts, updates):
+        sizes = [len(set(minibatch) & set(share)) for share in shares]
+        assert max(sizes) - min(sizes) <= 1
 
 
-def test_copies_of_one_problem_stay_separate_groups():
-    assert group_rewards([rollout(reward=r) for r in (1, 0, 0, 0)], 2).tolist() == [[1.0, 0.0], [0.0, 0.0]]
-
-
-@pytest.mark.parametrize(
-    ("order", "num_problems", "message"),
-    [
-        ((0, 1, 0, 1), 2, "not group-major"),
-        ((0, 0, 1), 2, "do not divide"),
-        ((0, 0), 0, "do not divide"),
-        ((0, 0, 0, 1), 2, "not group-major"),
-    ],
-)
-def test_rollouts_that_are_not_group_major_are_refused(order: tuple[int, ...], num_problems: int, message: str):
-    with pytest.raises(ValueError, match=message):
-        group_rewards([rollout(problem=PROBLEMS[i]) for i in order], num_problems)
+def test_no_rollouts_are_one_row_without_completion():
+    batch = RolloutBatch.from_rollouts([])
+    assert (len(batch), int(batch.completion_mask.sum())) == (1, 0)
+    assert plan_micro_batches(batch, 10).cuts == [[0]]
 
 
 def distinct_prefixes(batch: RolloutBatch, rows: Sequence[int]) -> int:

@@ -174,7 +174,7 @@ BAD = {
     "negative temperature": (["--rollout.sampling.temperature=-1"], ["temperature is -1", "set it above 0"]),
     "nucleus in training": (["--rollout.sampling.top_p=0.9"], ["rollout.sampling.top_p is 0.9", "set it to 1"]),
     "one rollout per group": (
-        ["--rollout.sampling.rollouts_per_problem=1"],
+        ["--rollout.sampling.rollouts_per_problem=1", "--model.advantage=leave_one_out"],
         ["rollout.sampling.rollouts_per_problem is 1", "set rollouts_per_problem to 2 or more"],
     ),
     "training window": (

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import islice, product
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,11 +15,13 @@ import pytest
 
 from rlvr_lightning.data import EvalDataModule, EvalLoader, ProblemLoader, SingleExampleDataModule, SubsetDataModule
 from rlvr_lightning.errors import ConfigError
-from rlvr_lightning.evaluation.reading import load_problems
+from rlvr_lightning.evaluation.reading import load_problems, read_problems
 from rlvr_lightning.evaluation.suite import suite_set
+from rlvr_lightning.perturb import Perturbation
 from rlvr_lightning.prompts import PAPER_SUFFIX
 from rlvr_lightning.records import Problem, ProblemBatch
 from rlvr_lightning.rollout import seed_for
+from rlvr_lightning.selection import Selection
 
 SHARED_DATA = Path(os.environ.get("RLVR_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 BUILTIN_SIZES = {"addition_1digit": 81, "addition_2digit": 80, "subtraction_1digit": 36}
@@ -117,8 +120,10 @@ def test_a_nested_value_of_another_type_is_a_bad_row(tmp_path: Path, row: dict[s
         ("absent.jsonl", None, "does not exist: give the path"),
         ("empty.jsonl", b"", "is empty: it needs at least one problem"),
         ("blank.jsonl", b"\n  \n", "is empty: it needs at least one problem"),
-        ("p.csv", b"question,answer\n1+1?,2\n", "is neither .jsonl nor .parquet: convert it"),
-        ("p.json", b"[]", "is neither .jsonl nor .parquet: convert it"),
+        ("p.csv", b"question,answer\n1+1?,2\n", "is none of .jsonl, .json, .parquet: convert it"),
+        ("p.json", b"[]", "is empty: it needs at least one problem"),
+        ("p.json", b'{"question": "1+1?"}', "holds no list: write [{...}, ...]"),
+        ("p.json", b"[", "cannot be read as JSON"),
         ("p.parquet", b"PAR1 cut off", "cannot be read as parquet"),
         ("zero.parquet", b"", "cannot be read as parquet"),
     ],
@@ -160,7 +165,7 @@ def test_contradictory_arguments_are_refused_at_construction(arguments: dict[str
 
 
 @pytest.mark.parametrize(
-    ("arguments", "key"), [({"files": []}, "data.files is empty"), ({"files": ["p"], "ids": []}, "data.ids is empty")]
+    ("arguments", "key"), [({"sources": []}, "data.sources is empty"), ({"sources": ["p"], "ids": []}, "data.ids is empty")]
 )
 def test_empty_lists_are_refused_at_construction(arguments: dict[str, list[str]], key: str) -> None:
     with pytest.raises(ConfigError, match=key):
@@ -231,7 +236,7 @@ def test_copies_of_one_row_are_one_problem(tmp_path: Path) -> None:
 
 def test_one_problem_of_several_has_to_be_named(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "p.jsonl", rows(3))
-    with pytest.raises(ConfigError, match=r"holds 3 problems: choose one with data\.id"):
+    with pytest.raises(ConfigError, match=r"holds 3 problems: choose one by data\.id"):
         SingleExampleDataModule(file=file).setup("fit")
     chosen = SingleExampleDataModule(file=file, id="p2")
     chosen.setup("fit")
@@ -240,11 +245,11 @@ def test_one_problem_of_several_has_to_be_named(tmp_path: Path) -> None:
 
 def test_ids_select_in_their_order_over_all_files(tmp_path: Path) -> None:
     first, second = rows(5)[:3], rows(5)[3:]
-    files = [write_jsonl(tmp_path / "a.jsonl", first), write_jsonl(tmp_path / "b.jsonl", second)]
-    data = SubsetDataModule(files=files, ids=["p4", "p0"])
+    files: list[str | dict[str, Any]] = [write_jsonl(tmp_path / "a.jsonl", first), write_jsonl(tmp_path / "b.jsonl", second)]
+    data = SubsetDataModule(sources=files, ids=["p4", "p0"])
     data.setup("fit")
     assert [p.id for p in data.train_problems] == ["p4", "p0"]
-    everything = SubsetDataModule(files=files)
+    everything = SubsetDataModule(sources=files)
     everything.setup("fit")
     assert [p.id for p in everything.train_problems] == ["p0", "p1", "p2", "p3", "p4"]
 
@@ -255,12 +260,11 @@ def test_unknown_ids_are_all_named(tmp_path: Path, module: str) -> None:
     data = (
         SingleExampleDataModule(file=file, id="x1")
         if module == "single"
-        else SubsetDataModule(files=[file], ids=["p1", "x1", "x2"])
+        else SubsetDataModule(sources=[file], ids=["p1", "x1", "x2"])
     )
     with pytest.raises(ConfigError, match="no problem with id 'x1'" + ("" if module == "single" else ", 'x2'")) as e:
         data.setup("fit")
-    assert file in str(e.value)
-    assert "p1" in str(e.value)
+    assert "it has ids like p0, p1, p2" in str(e.value).replace("which has", "it has").replace("\n", " ")
 
 
 def test_a_trained_problem_is_left_out_of_the_evaluation_sets(tmp_path: Path) -> None:
@@ -298,11 +302,156 @@ def test_bad_rows_of_an_evaluation_set_end_the_run_in_setup(tmp_path: Path) -> N
         SingleExampleDataModule(question="q", answer="1", evals={"own": file}).setup("validate")
 
 
+# --- several sources --------------------------------------------------------------------------------------------------
+
+
+def test_every_bad_row_of_every_source_is_in_one_report(tmp_path: Path) -> None:
+    good = {"id": "a", "question": "1+1?", "answer": "2"}
+    first = write_jsonl(
+        tmp_path / "first.jsonl", [good, {**good, "id": "b", "answer": ""}, {**good, "id": "c", "question": " "}]
+    )
+    second = tmp_path / "second.jsonl"
+    second.write_bytes(b'{"id": "d", "question": "\xff", "answer": "1"}\n' + json.dumps({**good, "question": "2+2?"}).encode())
+    third = write_jsonl(tmp_path / "third.jsonl", [{"id": "e", "question": "x" * 2_000_000, "answer": "1"}])
+    fourth = str(tmp_path / "fourth.parquet")
+    pq.write_table(pa.Table.from_pylist([{"text": "1+1?", "answer": "2"}] * 3), fourth)
+    evals = {"own": write_jsonl(tmp_path / "own.jsonl", [{"question": "1+1?"}])}
+    with pytest.raises(ConfigError) as caught:
+        SubsetDataModule(sources=[first, str(second), third, fourth, str(tmp_path / "fifth.jsonl")], evals=evals).setup("fit")
+    told = str(caught.value)
+    for part in (
+        f"{first} row 2: no answer",
+        f"{first} row 3: no question",
+        f"{second} row 1: not UTF-8 text",
+        f"{second} row 2: its id 'a' is that of {first} row 1",
+        f"{third} row 1: the question has 2,000,000 characters",
+        f"{fourth}, each of its 3 rows: no question (keys read: question, problem, prompt; the row has text, answer)",
+        "fifth.jsonl' does not exist",
+        f"{evals['own']} row 1: no answer",
+    ):
+        assert part in told
+    assert len(told) < 4000
+
+
+def test_a_folder_is_read_file_by_file_and_numbered_rows_keep_apart(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"question": f"{name} {i}?", "answer": "1"} for i in range(2)])
+    (tmp_path / "readme.txt").write_text("no data")
+    data = SubsetDataModule(sources=[str(tmp_path)])
+    data.setup("fit")
+    assert [p.id for p in data.train_problems] == ["a:1", "a:2", "b:1", "b:2"]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ConfigError, match=r"holds no \.jsonl, \.json, \.parquet file"):
+        SubsetDataModule(sources=[str(tmp_path / "none")]).setup("fit")
+
+
+def test_sources_with_columns_prefix_generator_and_weight(tmp_path: Path) -> None:
+    hard = write_jsonl(tmp_path / "hard.jsonl", [{"id": i, "text": f"{i} hard?", "solution": "so #### 3"} for i in range(2)])
+    easy = write_jsonl(tmp_path / "easy.jsonl", [{"id": i, "question": f"{i} easy?", "answer": "1"} for i in range(4)])
+    sources: list[str | dict[str, Any]] = [
+        {"file": hard, "question": ["text"], "answer": ["solution|after_hashes"], "prefix": "h", "weight": 3},
+        {"file": easy, "weight": 1},
+        {"generator": "arithmetic:addition:2", "count": 10, "weight": 2},
+    ]
+    data = SubsetDataModule(sources=sources, problems_per_step=60)
+    data.setup("fit")
+    by_id = {p.id: p for p in data.train_problems}
+    assert (len(by_id), by_id["h0"].answer, by_id["0"].answer) == (16, "3", "1")
+    counts = Counter(
+        "h" if p.id[0] == "h" else "e" if "easy" in p.question else "g" for p in next(iter(data.train_dataloader())).problems
+    )
+    assert all(abs(counts[kind] - share) <= 2 for kind, share in (("h", 30), ("e", 10), ("g", 20)))
+    for bad, message in (
+        ([easy, {"file": hard, "weight": 2}], "some have a weight and some have none"),
+        ([{"file": easy, "weight": 0}], r"data\.sources\[0\]: weight is 0"),
+        ([easy, {"file": easy, "wieght": 1}], r"data\.sources\[1\] has no field wieght"),
+        ([{"file": easy, "hub": "a/b"}], "file and hub is given"),
+        ([{"file": easy, "count": "many"}], r"data\.sources\[0\] is no source: .*count"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            SubsetDataModule(sources=bad).setup("fit")  # type: ignore[arg-type]
+
+
+def test_a_fit_leaves_its_problems_and_what_was_changed_in_them(tmp_path: Path) -> None:
+    data = SubsetDataModule(
+        sources=[write_jsonl(tmp_path / "p.jsonl", rows(3))], perturb=Perturbation(answers={"p1": "929725"})
+    )
+    data.setup("fit")
+    assert [p.answer for p in data.train_problems] == ["1", "929725", "3"]
+    data.save(tmp_path / "run")
+    written = SubsetDataModule(sources=[str(tmp_path / "run" / "problems.jsonl")])
+    written.setup("fit")
+    assert [(p.id, p.question, p.answer) for p in written.train_problems] == [
+        (p.id, p.question, p.answer) for p in data.train_problems
+    ]
+    [change] = map(json.loads, (tmp_path / "run" / "perturbed.jsonl").read_text().splitlines())
+    assert change == {"id": "p1", "field": "answer", "before": "2", "after": "929725"}
+
+
+# --- which of them ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ranking(tmp_path: Path) -> str:
+    """Ranks p3, p0, p2, p1, p4 with mean accuracies 0.5, 0.25, 0.75, 0, 1."""
+    ranked = zip(("p3", "p0", "p2", "p1", "p4"), (0.5, 0.25, 0.75, 0.0, 1.0), strict=True)
+    content = [{"rank": r, "id": i, "score": 1 / r, "mean": m, "visits": 9} for r, (i, m) in enumerate(ranked, start=1)]
+    return write_jsonl(tmp_path / "ranking.jsonl", [dict(row) for row in content])
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ({"ids": ("pi_1",)}, ["p3"]),
+        ({"ids": ("pi_5", "p2", "pi_1")}, ["p4", "p2", "p3"]),
+        ({"top": 2}, ["p3", "p0"]),
+        ({}, ["p3", "p0", "p2", "p1", "p4"]),
+        ({"accuracy": (0.25, 0.75)}, ["p3", "p0", "p2"]),
+        ({"accuracy": (0.0, 0.6), "top": 2}, ["p3", "p0"]),
+    ],
+)
+def test_a_ranking_chooses(ranking: str, choice: dict[str, Any], expected: list[str]) -> None:
+    assert [p.id for p in Selection(ranking=ranking, **choice)(problems(5))] == expected
+
+
+def test_a_random_few_are_a_function_of_the_seed() -> None:
+    draws = {seed: tuple(p.id for p in Selection(random=4, seed=seed)(problems(9))) for seed in range(20)}
+    assert all(len(set(draw)) == 4 and list(draw) == sorted(draw) for draw in draws.values())
+    assert len(set(draws.values())) > 10
+    assert [p.id for p in Selection(random=4, seed=3)(problems(9))] == list(draws[3])
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"ids": ("pi_1",)}, "pi_N needs data.ranking"),
+        ({"ids": ("p1", "p1")}, "names p1 twice"),
+        ({"ids": ("p1",), "random": 1}, "leave out data.top"),
+        ({"top": 2}, "need data.ranking"),
+        ({"random": 0}, "data.random is 0"),
+        ({"random": 6}, "there are only 5 problems"),
+        ({"ranking": "R", "top": 9}, "data.top is 9 but there are only 5"),
+        ({"ranking": "R", "accuracy": (0.8, 0.9)}, "widen the band"),
+        ({"ranking": "R", "accuracy": (0.8, 0.2)}, "give the lower and the upper end"),
+        ({"ranking": "absent.jsonl"}, "does not exist"),
+    ],
+)
+def test_impossible_choices_are_refused(ranking: str, choice: dict[str, Any], message: str) -> None:
+    choice = {key: ranking if value == "R" else value for key, value in choice.items()}
+    with pytest.raises(ConfigError, match=message):
+        Selection(**choice)(problems(5))
+
+
+def test_a_ranking_of_other_problems_is_refused(ranking: str) -> None:
+    with pytest.raises(ConfigError, match=r"ranks 2 problem\(s\) that the data does not hold, such as 'p3'"):
+        Selection(ranking=ranking)(problems(3))
+
+
 # --- order ------------------------------------------------------------------------------------------------------------
 
 
-def loader(count: int, per_step: int, *, seed: int = 0, rank: int = 0, world: int = 1) -> ProblemLoader:
-    return ProblemLoader(problems(count), per_step, seed, rank, world)
+def loader(count: int, per_step: int, *, seed: int = 0) -> ProblemLoader:
+    return ProblemLoader(problems(count), per_step, seed)
 
 
 def ids(batches: list[ProblemBatch]) -> list[list[str]]:
@@ -339,24 +488,20 @@ def test_a_restored_loader_continues_where_the_saved_one_stopped(done: int) -> N
     assert [batch.step for batch in rest] == list(range(done, 9))
 
 
-@pytest.mark.parametrize("world", [2, 3, 8])
-def test_ranks_split_the_slots_of_the_single_rank_order(world: int) -> None:
-    whole = list(islice(loader(7, 8), 4))
-    parts = [list(islice(loader(7, 8, rank=rank, world=world), 4)) for rank in range(world)]
-    for step, batch in enumerate(whole):
-        shares = [part[step] for part in parts]
-        assert sorted(s for share in shares for s in share.slots) == list(batch.slots) == list(range(8))
-        together = {s: p.id for share in shares for s, p in zip(share.slots, share.problems, strict=True)}
-        assert [together[s] for s in range(8)] == [p.id for p in batch.problems]
-        assert max(len(share.slots) for share in shares) - min(len(share.slots) for share in shares) <= 1
+def test_weights_say_how_often_each_problem_comes() -> None:
+    weights = [1.0, 2.0, 5.0, 0.5, 1.5]
+    stream = [p.id for batch in islice(ProblemLoader(problems(5), 7, 0, weights), 200) for p in batch.problems]
+    again = [p.id for batch in islice(ProblemLoader(problems(5), 1400, 0, weights), 1) for p in batch.problems]
+    assert stream == again  # a function of the position, however it is cut into steps
+    for start, length in ((0, 40), (13, 100), (500, 900)):
+        counts = Counter(stream[start : start + length])
+        for i, weight in enumerate(weights):
+            assert abs(counts[f"p{i}"] - length * weight / sum(weights)) < 2
+    assert [p.id for batch in islice(ProblemLoader(problems(5), 7, 1, weights), 200) for p in batch.problems] != stream
 
 
-def test_more_ranks_than_groups_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = SingleExampleDataModule(question="1+1?", answer="2", problems_per_step=2)
-    data.setup("fit")
-    monkeypatch.setattr(data, "_rank_and_world", lambda: (0, 3))
-    with pytest.raises(ConfigError, match="problems_per_step is 2 but 3 processes train: set it to 3 or more"):
-        data.train_dataloader()
+def test_equal_weights_are_no_weights() -> None:
+    assert ids(list(islice(ProblemLoader(problems(5), 2, 0, [3.0] * 5), 9))) == ids(list(islice(loader(5, 2), 9)))
 
 
 @pytest.mark.parametrize(("count", "batch_size", "world"), [(7, 2, 1), (7, 2, 2), (7, 2, 3), (1, 4, 3), (12, 2, 3)])
@@ -412,14 +557,38 @@ def test_every_published_training_file_loads_but_for_one_row_without_an_answer()
     files = published("parquet")
     assert len(files) >= 8
     for file in files:
+        found, faults = read_problems(str(file))
+        assert len(found) + len(faults) == pq.read_metadata(file).num_rows
         if file.name == "dsr_sub.parquet":
-            with pytest.raises(ConfigError) as caught:
-                load_problems(str(file))
-            assert str(caught.value).splitlines()[1:] == [
-                f"  {file} row 266: no answer (keys read: answer, reward_model.ground_truth)"
-            ]
+            [fault] = faults
+            assert fault.startswith(f"{file} row 266: no answer (keys read: answer, reward_model.ground_truth; the row has ")
         else:
-            assert len(load_problems(str(file))) == pq.read_metadata(file).num_rows
+            assert not faults
+
+
+@needs_shared_data
+def test_the_papers_set_trains_without_its_bad_row_and_its_duplicates_are_told() -> None:
+    file = str(SHARED_DATA / "train" / "dsr_sub.parquet")
+    with pytest.raises(ConfigError, match=r"1 bad row.*\n.*row 266: no answer.*\n.*skip_bad_rows"):
+        SubsetDataModule(sources=[file]).setup("fit")
+    data = SubsetDataModule(sources=[file], skip_bad_rows=True)
+    data.setup("fit")
+    assert (len(data.train_problems), len({p.id for p in data.train_problems})) == (1208, 1208)
+    assert [note for note in data.notes if note.startswith("left out: ") and "row 266" in note]
+    [same] = [note for note in data.notes if "hold the same question: " in note]
+    assert same.startswith("3 rows hold")
+    assert all(f"id {i} ({file} row {i + 1})" in same for i in (136, 780, 899))
+
+
+@needs_shared_data
+def test_a_file_of_copies_is_its_problems_in_its_proportions() -> None:
+    data = SubsetDataModule(sources=[str(SHARED_DATA / "train" / "merge_pi1_pi2_pi13_pi1209_r128.parquet")])
+    data.setup("fit")
+    assert [p.id for p in data.train_problems] == ["124", "267", "682", "789"]
+    assert [note for note in data.notes if "124 of 128 rows are copies of other rows, 4 problem(s)" in note]
+    assert Counter(p.id for p in next(iter(data.train_dataloader())).problems) == dict.fromkeys(
+        ["124", "267", "682", "789"], 32
+    )
 
 
 @needs_shared_data
@@ -454,10 +623,8 @@ def test_every_published_evaluation_file_loads_by_the_keys_of_its_declaration() 
 
 def test_loading_does_not_depend_on_how_often_setup_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    load: Callable[..., list[Problem]] = load_problems
-    monkeypatch.setattr(
-        "rlvr_lightning.evaluation.suite.load_problems", lambda file, parse: (read.append(file), load(file, parse))[1]
-    )
+    load: Callable[..., Any] = read_problems
+    monkeypatch.setattr("rlvr_lightning.sources.read_problems", lambda file, *rest: (read.append(file), load(file, *rest))[1])
     data = SingleExampleDataModule(question="1+1?", answer="2", evals={"own": write_jsonl(tmp_path / "p.jsonl", rows(2))})
     for stage in ("validate", "fit", "test"):
         data.setup(stage)

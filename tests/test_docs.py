@@ -63,6 +63,7 @@ def strings(tree: ast.AST) -> Iterator[str]:
 
 def keys_in_source() -> set[str]:
     """Keys spelled in the source, with every f-string expanded to what its loop can yield."""
+    from rlvr_lightning.losses import Objective
     from rlvr_lightning.metrics import evaluation_metrics, rollout_metrics
 
     trees = {path: ast.parse(path.read_text()) for path in SRC.rglob("*.py")}
@@ -82,6 +83,7 @@ def keys_in_source() -> set[str]:
         "time/{part}_s": {f"time/{p}_s" for p in parts},
         "{stage}/{name}/{k}": {f"{stage}/<set>/{m}" for stage in ("val", "test") for m in evaluated},
         "val/{name}/accuracy": {"val/<set>/accuracy"},  # read back by the quickstart
+        "train/grad_norm_{name}": {f"train/grad_norm_{n}" for n in Objective(kl_coef=1.0, entropy_coef=1.0).coefficients},
     }
     found: set[str] = {"step"}
     for tree in trees.values():
@@ -110,13 +112,18 @@ def test_the_keys_of_a_real_run_are_the_documented_ones(tiny_model: Path, tmp_pa
 
     from rlvr_lightning import HFEngine, Objective, PolicyConfig, RLVRModule, RolloutCallback, Sampling, SingleExampleDataModule
     from rlvr_lightning.callbacks.history import HistoryCallback
+    from rlvr_lightning.callbacks.saturation import SaturationCallback
     from rlvr_lightning.callbacks.transcripts import TranscriptCallback, read_transcripts
     from rlvr_lightning.jsonl import read_jsonl
     from rlvr_lightning.loggers import MetricsFileLogger
 
     # Two updates and a KL term: no key is left out.
     module = RLVRModule(
-        policy=PolicyConfig(model=str(tiny_model)), objective=Objective(kl_coef=0.001), updates_per_step=2, mismatch_limit=1e9
+        policy=PolicyConfig(model=str(tiny_model)),
+        objective=Objective(kl_coef=0.001),
+        updates_per_step=2,
+        term_norms_every=1,
+        mismatch_limit=1e9,
     )
     (tmp_path / "sums.jsonl").write_text('{"question": "What is 1 + 1?", "answer": "2", "field": "sums"}\n')
     sums = {"file": str(tmp_path / "sums.jsonl"), "subject": "field", "rollouts_per_problem": 2, "temperature": 1.0}
@@ -140,7 +147,7 @@ def test_the_keys_of_a_real_run_are_the_documented_ones(tiny_model: Path, tmp_pa
         enable_model_summary=False,
         default_root_dir=tmp_path,
         logger=MetricsFileLogger(tmp_path),
-        callbacks=[rollouts, TranscriptCallback(), HistoryCallback()],
+        callbacks=[rollouts, TranscriptCallback(), HistoryCallback(), SaturationCallback()],
     )
     trainer.fit(module, datamodule=data)
     trainer.test(module, datamodule=data, verbose=False)
@@ -270,7 +277,7 @@ def test_the_install_commands_are_those_of_the_makefile() -> None:
 def test_the_objective_stands_in_the_source_as_in_the_readme() -> None:
     formula = next(b for b in blocks("python") if b.startswith("ratio"))
     source = {line.strip() for name in ("losses.py", "module.py") for line in (SRC / name).read_text().splitlines()}
-    assert len(formula.splitlines()) == 5
+    assert len(formula.splitlines()) == 6
     assert set(formula.splitlines()) <= source
 
 

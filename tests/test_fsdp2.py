@@ -20,14 +20,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from rlvr_lightning.batching import RolloutBatch, plan_micro_batches
+from rlvr_lightning.batching import RolloutBatch, plan_micro_batches, share_of_rank
 from rlvr_lightning.callbacks.checkpoint import CheckpointCallback
 from rlvr_lightning.callbacks.rollout import RolloutCallback
 from rlvr_lightning.data import SingleExampleDataModule
 from rlvr_lightning.engines import Sampling
 from rlvr_lightning.engines.hf import HFEngine
 from rlvr_lightning.losses import Objective
-from rlvr_lightning.module import AdamW, RLVRModule
+from rlvr_lightning.module import RLVRModule
+from rlvr_lightning.optimizer import AdamW
 from rlvr_lightning.policy import PolicyConfig
 from rlvr_lightning.records import Completion, Problem, ProblemBatch, Rollout, Score
 from rlvr_lightning.strategies import FSDP2Strategy
@@ -37,8 +38,8 @@ pytestmark = pytest.mark.multiprocess
 WORLD = 2
 STEPS = 4
 PROBLEMS = [Problem(f"p{i}", f"question {i}", "1") for i in range(4)]
-LENGTHS = [(4, 1, 12, 2), (3, 3, 5, 1), (20, 20, 18, 20), (2, 6, 1, 7)]
-"""Completion tokens of each slot's group. Rank 0 has slots 0 and 2: more tokens, and more micro-batches."""
+LENGTHS = [(4, 1, 12, 2), (20, 20, 18, 20), (3, 3, 5, 1), (2, 6, 1, 7)]
+"""Completion tokens of each slot's group. Rank 0 has slots 0 and 1: more tokens, and more micro-batches."""
 SAMPLING = Sampling(rollouts_per_problem=4, temperature=1.0, max_tokens=8)
 SMALL_BUDGET = 45
 PROBE = (20, 30, 40)
@@ -58,11 +59,13 @@ def group(slot: int, step: int) -> list[Rollout]:
 
 
 class Scripted(Callback):
-    """Attaches the made-up groups of this rank's slots."""
+    """Attaches this rank's share of the made-up groups."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: ProblemBatch, batch_idx: int) -> None:
-        batch.problems = tuple(PROBLEMS[slot] for slot in batch.slots)
-        batch.rollouts = [rollout for slot in batch.slots for rollout in group(slot, batch.step)]
+        batch.problems, batch.group_size = tuple(PROBLEMS[slot] for slot in batch.slots), SAMPLING.rollouts_per_problem
+        everything = [rollout for slot in batch.slots for rollout in group(slot, batch.step)]
+        batch.share = share_of_rank(len(everything), pl_module.updates_per_step, trainer.global_rank, trainer.world_size)
+        batch.rollouts = [everything[i] for i in batch.share]
 
 
 class NoDigit:
@@ -83,13 +86,12 @@ class Record(Callback):
 
     metrics: list[dict[str, float]] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
-    tokens: list[dict[int, list[tuple[int, ...]]]] = field(default_factory=list)
+    tokens: list[dict[tuple[int, int], tuple[int, ...]]] = field(default_factory=list)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: ProblemBatch, batch_idx: int) -> None:
         assert batch.rollouts is not None
-        size = len(batch.rollouts) // len(batch.slots)
         ids = [r.completion.token_ids for r in batch.rollouts]
-        self.tokens.append({slot: ids[i * size : (i + 1) * size] for i, slot in enumerate(batch.slots)})
+        self.tokens.append(dict(zip(batch.places, ids, strict=True)))
         self.metrics.append({k: float(v) for k, v in trainer.callback_metrics.items()})
         self.steps.append(batch.step)
 
@@ -281,7 +283,7 @@ def plan_of(slots: Sequence[int], *, share: bool) -> list[list[int]]:
 
 def test_the_small_budget_gives_the_ranks_different_numbers_of_micro_batches():
     for share in (False, True):
-        first, second = (plan_of(slots, share=share) for slots in ((0, 2), (1, 3)))
+        first, second = (plan_of(slots, share=share) for slots in ((0, 1), (2, 3)))
         assert len(first) != len(second)
         assert {len(rows) == 1 for rows in first + second} == {True, False}  # single rows and others
 
@@ -308,7 +310,7 @@ def test_the_engine_samples_from_a_private_copy_of_the_sharded_policy(
     assert all(rank["engine"]["private"] for rank in two)
     for step in range(2):
         together = two[0]["engine"]["tokens"][step] | two[1]["engine"]["tokens"][step]
-        assert together == alone.tokens[step]  # whoever samples a slot
+        assert together == alone.tokens[step]  # whoever samples a rollout
         assert all(rank["engine"]["metrics"][step]["mismatch/mean_abs"] < 1e-5 for rank in two)
 
 

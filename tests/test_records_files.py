@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 
 from rlvr_lightning.callbacks import progress
-from rlvr_lightning.callbacks.history import HistoryCallback, history_rows
+from rlvr_lightning.callbacks.history import HistoryCallback, history_rows, visits
 from rlvr_lightning.callbacks.progress import ProgressCallback, clock
 from rlvr_lightning.callbacks.transcripts import TranscriptCallback, drop_steps_from, read_transcripts
 from rlvr_lightning.jsonl import append_lines, keep_before, read_jsonl
@@ -49,7 +49,7 @@ def make_rollouts(batch: ProblemBatch, version: int, reward: float | None = None
 
 
 def make_batch(step: int, *, slots: tuple[int, ...] = (0, 1), name: str = "train") -> ProblemBatch:
-    return ProblemBatch(step, slots, tuple(Problem(f"p{slot}", "1+1?", "2") for slot in slots), name)
+    return ProblemBatch(step, slots, tuple(Problem(f"p{slot}", "1+1?", "2") for slot in slots), name, group_size=G)
 
 
 class Stream(IterableDataset):
@@ -222,7 +222,7 @@ def test_history_row_by_hand() -> None:
     batch = make_batch(3, slots=(4,))
     batch.rollouts = make_rollouts(batch, 0)
     row = {"step": 3, "id": "p4", "slot": 4, "rewards": [1.0, 0.0], "lengths": [8, 9], "truncated": 1}
-    assert history_rows(batch) == [{**row, "reasons": {"correct": 1, "wrong": 1}}]
+    assert history_rows(visits(batch)) == [{**row, "reasons": {"correct": 1, "wrong": 1}}]
 
 
 def test_jsonl_survives_every_tear_and_reports_damage(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_zero_advantage_with_different_groups_and_clock() -> None:
     batch = make_batch(0)
     batch.rollouts = make_rollouts(batch, 0, reward=0.0)[:2] + make_rollouts(batch, 0, reward=1.0)[2:]
     said = progress.zero_advantage_sentence(batch, world_size=2)
-    assert said.startswith("in each of the 2 groups of this rank all rollouts scored the same (0, 1): ")
+    assert said.startswith("in each of the 2 groups all rollouts scored the same (0, 1 of this rank): ")
     assert [clock(0), clock(59.6), clock(3725)] == ["0:00", "1:00", "1:02:05"]
 
 
@@ -389,8 +389,9 @@ def _rank(rank: int, folder: str) -> None:
     root = Path(folder) / "run"
     trainer = SimpleNamespace(default_root_dir=root, is_global_zero=rank == 0, global_rank=rank, world_size=2,
                               loggers=[], sanity_checking=False)  # fmt: skip
-    batch = make_batch(0, slots=(1 - rank,))  # rank zero has the later slot
-    batch.rollouts = make_rollouts(batch, 0)
+    batch = make_batch(0, slots=(0, 1, 2))  # the ranks share the middle group, and rank zero has what comes later
+    batch.share = ([3, 4, 5], [0, 1, 2])[rank]
+    batch.rollouts = [make_rollouts(batch, 0)[i] for i in batch.share]
     evaluation = make_batch(0, slots=(rank, rank + 2)[: 2 - rank], name="add")  # and more to evaluate
     evaluation.rollouts = make_rollouts(evaluation, 0)
     history, transcripts = HistoryCallback(), TranscriptCallback()
@@ -405,8 +406,11 @@ def _rank(rank: int, folder: str) -> None:
 def test_rank_zero_writes_the_rows_of_all_ranks(tmp_path: Path) -> None:
     mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
     root = tmp_path / "run"
-    assert [(row["slot"], row["id"]) for row in read_jsonl(root / "history.jsonl")] == [(0, "p0"), (1, "p1")]
+    history = list(read_jsonl(root / "history.jsonl"))
+    assert [(row["slot"], row["id"], row["lengths"]) for row in history] == [(i, f"p{i}", [i + 1, i + 2]) for i in range(3)]
+    assert all((row["rewards"], row["truncated"], row["reasons"]) == ([1, 0], 1, {"correct": 1, "wrong": 1}) for row in history)
+    for rank, places in enumerate(([(1, 1), (2, 0), (2, 1)], [(0, 0), (0, 1), (1, 0)])):
+        rows = read_transcripts(root / "rollouts" / f"train-rank{rank}-00000000.jsonl.gz")
+        assert [(row["slot"], row["sample"]) for row in rows] == places
     rows = read_transcripts(root / "rollouts" / "add-00000000.jsonl")
     assert [(row["slot"], row["sample"]) for row in rows] == list(itertools.product(range(3), range(2)))
-    own = [list(read_transcripts(root / "rollouts" / f"train-rank{rank}-00000000.jsonl.gz")) for rank in range(2)]
-    assert [[row["slot"] for row in rows] for rows in own] == [[1, 1], [0, 0]]

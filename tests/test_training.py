@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from rlvr_lightning.batching import share_of_rank
 from rlvr_lightning.callbacks.checkpoint import CheckpointCallback
 from rlvr_lightning.callbacks.rollout import RolloutCallback
 from rlvr_lightning.data import ProblemDataModule, ProblemLoader, SingleExampleDataModule, SubsetDataModule
@@ -24,7 +25,8 @@ from rlvr_lightning.engines import Sampling, WeightSource
 from rlvr_lightning.engines.hf import HFEngine
 from rlvr_lightning.losses import LossTerms, Objective
 from rlvr_lightning.models import bf16_speedup
-from rlvr_lightning.module import AdamW, RLVRModule
+from rlvr_lightning.module import RLVRModule
+from rlvr_lightning.optimizer import AdamW
 from rlvr_lightning.policy import LoRA, PolicyConfig
 from rlvr_lightning.prompts import PromptTemplate
 from rlvr_lightning.records import Completion, Problem, ProblemBatch, Rollout, Score
@@ -69,6 +71,7 @@ class Scripted(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: ProblemBatch, batch_idx: int) -> None:
         batch.problems = tuple({id(r.problem): r.problem for r in self.rollouts}.values())
         batch.slots = tuple(range(len(batch.problems)))
+        batch.group_size = len(self.rollouts) // len(batch.problems)
         batch.rollouts = self.rollouts
 
 
@@ -422,7 +425,7 @@ def test_one_update_per_step_is_exactly_on_policy(tiny_model: Path, tmp_path: Pa
 def test_several_problems_per_step_arrive_group_major_with_their_own_prompts(tiny_model: Path, tmp_path: Path):
     file = tmp_path / "three.jsonl"
     file.write_text("\n".join(json.dumps({"id": q, "question": q, "answer": "1"}) for q in ("say a", "say bb", "say ccc")))
-    data = SubsetDataModule(files=[str(file)], problems_per_step=3)
+    data = SubsetDataModule(sources=[str(file)], problems_per_step=3)
     run = fit(tiny_model, tmp_path, data=data, steps=2)
     for batch, rollouts in zip(run.record.batches, run.record.rollouts(), strict=True):
         assert sorted(p.id for p in batch.problems) == ["say a", "say bb", "say ccc"]
@@ -449,30 +452,39 @@ class RecordSeeds:
 
     version = 0
 
+    def __init__(self) -> None:
+        self.seeds: list[list[int]] = []
+
     def generate(self, prompts: Any, sampling: Any, seeds: list[list[int]], _: Any = None) -> list[list[Completion]]:
         self.seeds = seeds
-        return [[Completion((5,), (-1.0,), "a", "length")] * sampling.rollouts_per_problem for _ in prompts]
+        return [[Completion((5,), (-1.0,), "a", "length") for _ in row] for row in seeds]
 
 
 def test_problems_and_seeds_do_not_depend_on_the_number_of_ranks():
     problems = [Problem(f"p{i}", f"say {i}", "1") for i in range(3)]
 
-    def plan(rank: int, world: int, step: int) -> dict[int, tuple[str, list[int]]]:
-        loader: Iterator[ProblemBatch] = iter(ProblemLoader(problems, 5, 0, rank, world))
+    def plan(rank: int, world: int, step: int) -> dict[tuple[int, int], tuple[str, int]]:
+        loader: Iterator[ProblemBatch] = iter(ProblemLoader(problems, 5, 0))
         batch = [next(loader) for _ in range(step + 1)][step]
+        batch.group_size = SAMPLING.rollouts_per_problem
+        batch.share = share_of_rank(5 * batch.group_size, 1, rank, world)
         engine = RecordSeeds()
         template: Any = lambda problem, tokenizer: (1, 2)  # noqa: E731
-        Collector(engine, RuleVerifier(no_digit), None, run_seed=7).collect(batch, template, SAMPLING)  # type: ignore[arg-type]
+        rollouts = Collector(engine, RuleVerifier(no_digit), None, run_seed=7).collect(batch, template, SAMPLING)  # type: ignore[arg-type]
         assert batch.step == step
-        return {s: (p.id, seeds) for s, p, seeds in zip(batch.slots, batch.problems, engine.seeds, strict=True)}
+        seeds = [seed for row in engine.seeds for seed in row]
+        assert [r.problem for r in rollouts] == [batch.problems[index] for index, _ in batch.places]
+        return {place: (r.problem.id, seed) for place, r, seed in zip(batch.places, rollouts, seeds, strict=True)}
 
     every: list[int] = []
     for step in (0, 1, 3):
         alone = plan(0, 1, step)
-        assert sorted(alone) == [0, 1, 2, 3, 4]
-        assert plan(0, 2, step) | plan(1, 2, step) == alone
-        assert plan(0, 3, step) | plan(1, 3, step) | plan(2, 3, step) == alone
-        every += [seed for _, seeds in alone.values() for seed in seeds]
+        assert sorted(alone) == [(slot, sample) for slot in range(5) for sample in range(4)]
+        for world in (2, 3, 7, 30):  # the last: more ranks than rollouts
+            parts = [plan(rank, world, step) for rank in range(world)]
+            assert {place: value for part in parts for place, value in part.items()} == alone
+            assert sum(map(len, parts)) == len(alone)
+        every += [seed for _, seed in alone.values()]
     assert len(set(every)) == 3 * 5 * 4  # no two completions of a run share a seed
 
 

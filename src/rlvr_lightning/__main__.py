@@ -12,6 +12,8 @@ rlvr: train a reasoning model with verifiable rewards, from one example up
   rlvr sweep ...                  compose conf/ with Hydra and train; -m runs every combination
   rlvr compare A B                two evaluated runs, problem by problem: intervals and p-values
   rlvr grade ...                  grade completions that are already in a file (`rlvr grade --help`)
+  rlvr problems FILE ...          check data files: every bad row, copies, duplicates (`rlvr problems --help`)
+  rlvr rank RUN --out FILE        rank training problems by how their accuracy varied (`rlvr rank --help`)
 
   rlvr fit --model conf/model/smollm2.yaml --data conf/data/three-plus-four.yaml \\
            --rollout conf/rollout/vllm.yaml --trainer conf/trainer/cpu.yaml
@@ -49,9 +51,14 @@ def main() -> int:
                 from rlvr_lightning.evaluation.compare import main as run
             elif args[0] == "grade":
                 from rlvr_lightning.grade import main as run
+            elif args[0] == "problems":
+                from rlvr_lightning.check import main as run
+            elif args[0] == "rank":
+                from rlvr_lightning.rank import main as run
             else:
                 raise ConfigError(
-                    f"no command {args[0]!r}: use quickstart, fit, validate, test, predict, sweep, compare or grade"
+                    f"no command {args[0]!r}: use quickstart, fit, validate, test, predict, sweep, compare, grade, problems or "
+                    "rank"
                 )
         return run(args)
     except ConfigError as error:

@@ -13,14 +13,16 @@ from torch import Tensor
 def group_norm(rewards: Float[Tensor, "P G"], eps: float = 1e-6) -> Float[Tensor, "P G"]:
     """Standardize rewards within each group: (r - mean) / (std + eps), std with Bessel's correction (n - 1).
 
-    A group whose rewards are all equal gets exactly zero. numpy's population std (n) would give values that are 7 % larger
-    at G = 8; this is the estimator of the paper's code.
+    A group whose rewards are all equal gets exactly zero; a group of one keeps its reward (mean 0, std 1). numpy's
+    population std (n) would give values that are 7 % larger at G = 8; this is the estimator of the paper's code.
 
     Source: GRPO, arXiv 2402.03300, section 4.1.2; std and eps as in ypwang61/One-Shot-RLVR:verl/trainer/ppo/core_algos.py.
 
     >>> group_norm(torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
     tensor([[ 0.8660,  0.8660, -0.8660, -0.8660]])
     """
+    if rewards.shape[-1] == 1:
+        return rewards / (1 + eps)
     centered = rewards - rewards.mean(dim=-1, keepdim=True)
     # Exact zeros for a constant group: the mean of equal floats can differ from them in the last bit, and eps is tiny.
     centered = torch.where((rewards == rewards[..., :1]).all(dim=-1, keepdim=True), 0.0, centered)

@@ -18,19 +18,16 @@ from rlvr_lightning.prefix_tree import BLOCK, common_prefixes, lexical_order
 from rlvr_lightning.records import Rollout
 
 
-def group_rewards(rollouts: Sequence[Rollout], num_problems: int) -> Tensor:
-    """Return the rewards as (P, G), from group-major rollouts.
+def share_of_rank(rollouts: int, updates: int, rank: int, world_size: int) -> list[int]:
+    """Return which of a step's rollouts, counted group after group, are this rank's.
 
-    Raises:
-        ValueError: if the rollouts do not divide into ``num_problems`` equal groups of one problem each.
+    Each of the step's mini-batches is shared out evenly and in order, so it holds the same rollouts on any number of ranks.
+
+    >>> [share_of_rank(10, 2, rank, 2) for rank in (0, 1)]
+    [[0, 1, 5, 6], [2, 3, 4, 7, 8, 9]]
     """
-    rewards = torch.tensor([r.score.reward for r in rollouts], dtype=torch.float32)
-    if num_problems == 0 or len(rollouts) % num_problems:
-        raise ValueError(f"{len(rollouts)} rollouts do not divide into {num_problems} equal groups")
-    group = len(rollouts) // num_problems
-    if any(rollouts[i].problem != rollouts[i - i % group].problem for i in range(len(rollouts))):
-        raise ValueError("rollouts are not group-major: a group mixes problems")
-    return rewards.view(num_problems, group)
+    shares = ((rows, split_evenly(len(rows), world_size)[rank]) for rows in split_evenly(rollouts, updates))
+    return [i for rows, share in shares for i in rows[share.start : share.stop]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +56,14 @@ class RolloutBatch:
     def from_rollouts(cls, rollouts: Sequence[Rollout]) -> "RolloutBatch":
         """Pad rollouts to one batch on the CPU, in the given order.
 
+        No rollouts give one row that contributes nothing: a rank without work still joins in what is collective.
+
         Raises:
-            ValueError: for no rollouts, an empty completion, or temperatures that differ.
+            ValueError: for an empty completion, or temperatures that differ.
         """
+        if not rollouts:
+            blank = torch.zeros(1, 2)  # a row needs a token that predicts and one that is predicted
+            return cls(blank.long(), blank.bool(), blank, (2,), 1.0)
         temperatures = {r.temperature for r in rollouts}
         if len(temperatures) != 1:
             raise ValueError(f"rollouts of one batch need one sampling temperature, got {sorted(temperatures)}")

@@ -21,6 +21,7 @@ from rlvr_lightning.callbacks.export import ExportCallback
 from rlvr_lightning.callbacks.history import HistoryCallback
 from rlvr_lightning.callbacks.progress import ProgressCallback
 from rlvr_lightning.callbacks.rollout import RolloutCallback
+from rlvr_lightning.callbacks.saturation import SaturationCallback
 from rlvr_lightning.callbacks.transcripts import TranscriptCallback
 from rlvr_lightning.data import EvalDataModule, ProblemDataModule, SingleExampleDataModule, SubsetDataModule
 from rlvr_lightning.engines import Sampling
@@ -30,9 +31,12 @@ from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.evaluation.suite import EvalSet
 from rlvr_lightning.loggers import MetricsFileLogger
 from rlvr_lightning.losses import Objective
-from rlvr_lightning.module import AdamW, RLVRModule
+from rlvr_lightning.module import RLVRModule
+from rlvr_lightning.optimizer import AdamW
+from rlvr_lightning.perturb import Perturbation
 from rlvr_lightning.policy import LoRA, PolicyConfig
 from rlvr_lightning.prompts import PromptTemplate
+from rlvr_lightning.sources import TrainSource
 from rlvr_lightning.startup import limit_threads
 from rlvr_lightning.verify import Verifier
 
@@ -41,6 +45,7 @@ CALLBACKS: dict[str, type] = {
     "rollout": RolloutCallback,  # the others read what it attaches
     "transcripts": TranscriptCallback,
     "history": HistoryCallback,
+    "saturation": SaturationCallback,
     "checkpoint": CheckpointCallback,
     "export": ExportCallback,
     "progress": ProgressCallback,
@@ -144,7 +149,7 @@ class RLVRCLI(LightningCLI):
         """Evaluate the untrained policy, unless this run continues another; refuse before that what cannot be trained."""
         self.model.check_trainer(self.trainer, training=True)
         rollout: RolloutCallback = self._get(self.config_init, "rollout")
-        rollout.check_training(self.model, self.datamodule.problems_per_step // self.trainer.world_size)
+        rollout.check_training(self.model, self.datamodule.problems_per_step)
         if self._get(self.config, "ckpt_path") is not None:
             return
         for logger in self.trainer.loggers:
@@ -234,6 +239,15 @@ def _explain(message: str) -> str:
 def _key_names() -> list[str]:
     """Return the last part of every key: the parameters of all classes that a configuration may name, and the top level."""
     classes = [Trainer, RLVRModule, PolicyConfig, LoRA, Objective, AdamW, Sampling, PromptTemplate, Verifier]
-    classes += [SingleExampleDataModule, SubsetDataModule, EvalDataModule, EvalSet, HFEngine, VLLMEngine, *CALLBACKS.values()]
+    classes += [
+        ProblemDataModule,
+        SingleExampleDataModule,
+        SubsetDataModule,
+        EvalDataModule,
+        EvalSet,
+        TrainSource,
+        Perturbation,
+    ]
+    classes += [HFEngine, VLLMEngine, *CALLBACKS.values()]
     names = {name for cls in classes for name in inspect.signature(cls).parameters}
     return sorted(names | {"seed_everything", "trainer", "model", "data", "evaluate_first", "ckpt_path", "config", *CALLBACKS})

@@ -5,38 +5,51 @@ Legend: ``P`` problems per step over all ranks.
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
 
 from rlvr_lightning.errors import ConfigError
-from rlvr_lightning.evaluation.reading import load_problems
 from rlvr_lightning.evaluation.suite import EvalSet, declared
+from rlvr_lightning.jsonl import write_lines
+from rlvr_lightning.perturb import Perturbation
 from rlvr_lightning.records import Problem, ProblemBatch
+from rlvr_lightning.selection import Selection
+from rlvr_lightning.sources import Pool, TrainSource, declared_source, read_pool
+
+GOLDEN = 11400714819323198485
+"""2**64 times the golden ratio's fraction: no number's multiples, modulo 2**64, spread more evenly over the circle."""
 
 
 class ProblemLoader:
-    """An endless stream of training batches; this rank's share of each.
+    """An endless stream of training batches, the same on every rank: ranks share out the rollouts, not the problems.
 
-    Slot ``s`` of step ``k`` holds problem ``k * P + s`` of a stream that reshuffles the data set at every pass, so nothing
-    but the step has to be saved, and the stream is the same on any number of ranks.
+    Slot ``s`` of step ``k`` holds problem ``k * P + s`` of an endless order that is a pure function of the seed, so nothing
+    but the step has to be saved. Without weights every pass over the set is shuffled anew. With weights the problems lie
+    on a circle, in a shuffled order, each on an arc as long as its weight, and every slot is a golden ratio of the circle
+    further: any stretch of slots holds each problem as often as its weight says, to within about one.
 
     Args:
         problems: the data set.
         problems_per_step: P.
         seed: decides the order.
-        rank: this process; it serves the slots ``rank, rank + world_size, ...``.
-        world_size: number of processes.
+        weights: how often each problem is drawn, relative to the others; None: all alike.
     """
 
-    def __init__(self, problems: Sequence[Problem], problems_per_step: int, seed: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, problems: Sequence[Problem], problems_per_step: int, seed: int, weights: Sequence[float] | None = None
+    ) -> None:
         self._problems = problems
         self._problems_per_step = problems_per_step
         self._seed = seed
-        self._rank = rank
-        self._world_size = world_size
         self._step = 0
+        self._ends: np.ndarray | None = None
+        if weights is not None and len(set(weights)) > 1:
+            self._circle = np.random.default_rng((seed, 0)).permutation(len(problems))
+            ends = np.cumsum(np.asarray(weights, dtype=float)[self._circle])
+            self._ends = ends / ends[-1]
 
     def __len__(self) -> int:
         # Endless, but sized: Lightning prefetches a batch from an unsized loader, and the saved step would be one ahead.
@@ -49,10 +62,13 @@ class ProblemLoader:
             yield batch
 
     def _batch(self, step: int) -> ProblemBatch:
-        slots = tuple(range(self._rank, self._problems_per_step, self._world_size))
+        slots = tuple(range(self._problems_per_step))
         return ProblemBatch(step=step, slots=slots, problems=tuple(self._at(step * self._problems_per_step + s) for s in slots))
 
     def _at(self, position: int) -> Problem:
+        if self._ends is not None:
+            angle = position * GOLDEN % 2**64 / 2**64
+            return self._problems[int(self._circle[np.searchsorted(self._ends[:-1], angle, side="right")])]
         epoch, index = divmod(position, len(self._problems))
         order = np.random.default_rng((self._seed, epoch)).permutation(len(self._problems))
         return self._problems[int(order[index])]
@@ -103,6 +119,8 @@ class ProblemDataModule(LightningDataModule):
             problem that is also trained on is left out of its evaluation set.
         eval_folder: folder with ``NAME.jsonl`` to read ``suite:`` sets from; None takes them from the hub.
         eval_batch_size: problems sampled together in evaluation, per process; an interrupted test loses one such batch.
+        perturb: what to change in the training problems, on purpose.
+        skip_bad_rows: train without rows that cannot be read, and in spite of ground truths that cannot be met, and tell.
         seed: decides the order of training problems.
     """
 
@@ -113,6 +131,8 @@ class ProblemDataModule(LightningDataModule):
         evals: dict[str, str | dict[str, Any]] | None = None,
         eval_folder: str | None = None,
         eval_batch_size: int = 512,
+        perturb: Perturbation = Perturbation(),  # noqa: B008 - frozen
+        skip_bad_rows: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -124,14 +144,19 @@ class ProblemDataModule(LightningDataModule):
         self.problems_per_step = problems_per_step
         self.eval_folder = eval_folder
         self.eval_batch_size = eval_batch_size
+        self.perturb = perturb
+        self.skip_bad_rows = skip_bad_rows
         self.seed = seed
         self.eval_sets: dict[str, EvalSet] = {name: declared(name, value) for name, value in (evals or {}).items()}
         self.train_problems: list[Problem] = []
+        self.train_weights: list[float] | None = None
+        self.changes: list[dict[str, str]] = []
+        self.notes: list[str] = []
         self.eval_problems: dict[str, list[Problem]] = {}
         self._loaded = False
 
     @abstractmethod
-    def load_train_problems(self) -> list[Problem]:
+    def load_pool(self) -> Pool:
         """Return the training problems.
 
         Raises:
@@ -139,18 +164,43 @@ class ProblemDataModule(LightningDataModule):
         """
 
     def setup(self, stage: str) -> None:
-        """Load every file once; bad rows end the run here, before a model is built."""
-        if self._loaded:
-            return
-        train = self.load_train_problems()
-        trained_on = {_normalized(p.question) for p in train}
+        """Load every file once; all bad rows of all files end the run here, before a model is built."""
+        if not self._loaded:
+            self._load()
+            self._loaded = True
+        trainer = self.trainer
+        if stage == "fit" and trainer is not None and trainer.is_global_zero:
+            self.save(Path(trainer.default_root_dir))
+
+    def _load(self) -> None:
+        faults: list[str] = []
+        unchanged: list[Problem] = []
+        try:
+            pool = self.load_pool()
+            unchanged = pool.problems
+            self.train_problems, self.changes = self.perturb(pool.problems)
+            self.train_weights, self.notes = [pool.weights[p.id] for p in pool.problems], pool.notes
+        except ConfigError as error:
+            faults.append(str(error))
+        trained_on = {_normalized(p.question) for p in [*self.train_problems, *unchanged]}
         for name, eval_set in self.eval_sets.items():
-            problems = [p for p in eval_set.load(self.eval_folder) if _normalized(p.question) not in trained_on]
+            try:
+                problems = [p for p in eval_set.load(self.eval_folder) if _normalized(p.question) not in trained_on]
+            except ConfigError as error:
+                faults.append(str(error))
+                continue
             if not problems:
-                raise ConfigError(f"data.evals.{name}: every problem of it is a training problem, nothing is left to evaluate")
+                faults.append(f"data.evals.{name}: every problem of it is a training problem, nothing is left to evaluate")
             self.eval_problems[name] = problems
-        self.train_problems = train
-        self._loaded = True
+        if faults:
+            raise ConfigError("\n".join(faults))
+
+    def save(self, folder: Path) -> None:
+        """Write what is trained on, ``problems.jsonl``, and what was changed in it on purpose, ``perturbed.jsonl``."""
+        rows = [{"id": p.id, "question": p.question, "answer": p.answer, "source": p.source} for p in self.train_problems]
+        write_lines(folder / "problems.jsonl", rows)
+        if self.changes:
+            write_lines(folder / "perturbed.jsonl", self.changes)
 
     def eval_set(self, name: str) -> EvalSet:
         """Return the declaration of an evaluation set; problems put in by hand are asked as the run says."""
@@ -161,16 +211,10 @@ class ProblemDataModule(LightningDataModule):
         return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
     def train_dataloader(self) -> ProblemLoader:
-        """Return the endless stream of this rank's training batches."""
-        rank, world = self._rank_and_world()
+        """Return the endless stream of training batches."""
         if not self.train_problems:
             raise ConfigError("data holds no training problem: fit with SingleExampleDataModule or SubsetDataModule")
-        if self.problems_per_step < world:
-            raise ConfigError(
-                f"data.problems_per_step is {self.problems_per_step} but {world} processes train: set it to {world} or more, "
-                "so that each has a group"
-            )
-        return ProblemLoader(self.train_problems, self.problems_per_step, self.seed, rank, world)
+        return ProblemLoader(self.train_problems, self.problems_per_step, self.seed, self.train_weights)
 
     def val_dataloader(self) -> list[EvalLoader]:
         """Return one loader per evaluation set, in the configured order."""
@@ -194,6 +238,7 @@ class SingleExampleDataModule(ProblemDataModule):
         answer: its ground truth.
         file: jsonl or parquet file (or ``builtin:NAME``) to take the problem from, instead of question and answer.
         id: the problem's id in ``file`` (needed if the file has more than one row), or the name of the inline problem.
+        kwargs: see :class:`ProblemDataModule`.
     """
 
     def __init__(
@@ -203,19 +248,9 @@ class SingleExampleDataModule(ProblemDataModule):
         answer: str | None = None,
         file: str | None = None,
         id: str | None = None,
-        problems_per_step: int = 128,
-        evals: dict[str, str | dict[str, Any]] | None = None,
-        eval_folder: str | None = None,
-        eval_batch_size: int = 512,
-        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            problems_per_step=problems_per_step,
-            evals=evals,
-            eval_folder=eval_folder,
-            eval_batch_size=eval_batch_size,
-            seed=seed,
-        )
+        super().__init__(**kwargs)
         if file is not None and (question is not None or answer is not None):
             raise ConfigError("data.file and data.question/data.answer exclude each other: give the problem one way")
         if file is None and not (question or "").strip():
@@ -224,56 +259,67 @@ class SingleExampleDataModule(ProblemDataModule):
             raise ConfigError("data.answer is missing: one-example training needs the ground truth of data.question")
         self.question, self.answer, self.file, self.id = question, answer, file, id
 
-    def load_train_problems(self) -> list[Problem]:
+    def load_pool(self) -> Pool:
         """Return the one problem."""
         if self.file is None:
             assert self.question is not None
             assert self.answer is not None
-            return [Problem(id=self.id or "inline", question=self.question, answer=self.answer, source="data.question")]
-        problems = load_problems(self.file)
+            name = self.id or "inline"
+            return Pool([Problem(id=name, question=self.question, answer=self.answer, source="data.question")], {name: 1.0}, [])
+        pool = read_pool([TrainSource(file=self.file)], skip_bad_rows=self.skip_bad_rows)
         if self.id is not None:
-            return _select(problems, [self.id], self.file)
-        if len({(p.question, p.answer) for p in problems}) > 1:
-            raise ConfigError(f"{self.file} holds {len(problems)} problems: choose one with data.id, or use SubsetDataModule")
-        return problems[:1]  # the paper's files repeat their one row 128 times
+            return pool.keep(Selection(ids=(self.id,))(pool.problems))
+        if len(pool.problems) > 1:
+            raise ConfigError(
+                f"{self.file} holds {len(pool.problems)} problems: choose one by data.id, or use SubsetDataModule"
+            )
+        return pool
 
 
 class SubsetDataModule(ProblemDataModule):
-    """Training problems from files, all of them or chosen ids.
+    """Training problems from any sources, all of them or some.
 
     Args:
-        files: jsonl or parquet files, or ``builtin:NAME``; read in order.
-        ids: keep these problems, in this order; None keeps all.
+        sources: each a jsonl or parquet file, a folder of them, ``builtin:NAME``, or a declaration (fields of
+            :class:`~rlvr_lightning.sources.TrainSource`: a hub data set, a generator, columns, weight).
+        ids: see :class:`~rlvr_lightning.selection.Selection`, also for the other arguments that choose.
+        ranking: a file that ``rlvr rank`` wrote.
+        top: the first so many of the ranking.
+        accuracy: the band of mean accuracies in the ranking.
+        random: so many, drawn from those that the others leave.
+        random_seed: decides the draw.
+        kwargs: see :class:`ProblemDataModule`.
     """
 
     def __init__(
         self,
         *,
-        files: list[str],
+        sources: list[str | dict[str, Any]],
         ids: list[str] | None = None,
-        problems_per_step: int = 128,
-        evals: dict[str, str | dict[str, Any]] | None = None,
-        eval_folder: str | None = None,
-        eval_batch_size: int = 512,
-        seed: int = 0,
+        ranking: str | None = None,
+        top: int | None = None,
+        accuracy: tuple[float, float] | None = None,
+        random: int | None = None,
+        random_seed: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            problems_per_step=problems_per_step,
-            evals=evals,
-            eval_folder=eval_folder,
-            eval_batch_size=eval_batch_size,
-            seed=seed,
+        super().__init__(**kwargs)
+        if not sources:
+            raise ConfigError("data.sources is empty: name at least one jsonl or parquet file")
+        self.sources = [declared_source(value, f"data.sources[{i}]") for i, value in enumerate(sources)]
+        self.selection = Selection(
+            ids=None if ids is None else tuple(ids),
+            ranking=ranking,
+            top=top,
+            accuracy=None if accuracy is None else (accuracy[0], accuracy[1]),
+            random=random,
+            seed=random_seed,
         )
-        if not files:
-            raise ConfigError("data.files is empty: name at least one jsonl or parquet file")
-        if ids is not None and not ids:
-            raise ConfigError("data.ids is empty: name at least one problem, or leave it out to train on all of them")
-        self.files, self.ids = files, ids
 
-    def load_train_problems(self) -> list[Problem]:
-        """Return the chosen problems of all files."""
-        problems = [p for file in self.files for p in load_problems(file)]
-        return problems if self.ids is None else _select(problems, self.ids, ", ".join(self.files))
+    def load_pool(self) -> Pool:
+        """Return the chosen problems of all sources."""
+        pool = read_pool(self.sources, self.eval_folder, skip_bad_rows=self.skip_bad_rows)
+        return pool.keep(self.selection(pool.problems))
 
 
 class EvalDataModule(ProblemDataModule):
@@ -291,19 +337,9 @@ class EvalDataModule(ProblemDataModule):
         if not evals:
             raise ConfigError("data.evals is empty: name at least one evaluation set, such as math500: suite:math500")
 
-    def load_train_problems(self) -> list[Problem]:
+    def load_pool(self) -> Pool:
         """Return no problem."""
-        return []
-
-
-def _select(problems: Sequence[Problem], ids: Sequence[str], where: str) -> list[Problem]:
-    by_id = {p.id: p for p in reversed(problems)}
-    missing = [i for i in ids if i not in by_id]
-    if missing:
-        raise ConfigError(
-            f"no problem with id {', '.join(map(repr, missing))} in {where}: it has ids like {', '.join(list(by_id)[-3:])}"
-        )
-    return [by_id[i] for i in ids]
+        return Pool([], {}, [])
 
 
 def _normalized(question: str) -> str:

@@ -86,14 +86,17 @@ class Objective:
         if self.clip_low > 1:
             raise ConfigError(f"objective.clip_low is {self.clip_low}: 1 already lets the ratio fall to 0; set at most 1")
 
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """Term of :class:`LossTerms` -> its factor in the total, terms at 0 left out."""
+        factors = {"surrogate": self.policy_coef, "kl": self.kl_coef, "entropy": -self.entropy_coef}
+        return {name: factor for name, factor in factors.items() if factor}
+
     def __str__(self) -> str:
         """The formula with its numbers, terms at 0 left out."""
-        terms = [
-            (self.policy_coef, "surrogate"),
-            (self.kl_coef, "KL(policy || reference)"),
-            (-self.entropy_coef, "entropy"),
-        ]
-        shown = [("- " if c < 0 else "+ ") + (f"{abs(c):g} * " if abs(c) != 1 else "") + name for c, name in terms if c]
+        names = {"kl": "KL(policy || reference)"}
+        terms = [(factor, names.get(name, name)) for name, factor in self.coefficients.items()]
+        shown = [("- " if c < 0 else "+ ") + (f"{abs(c):g} * " if abs(c) != 1 else "") + name for c, name in terms]
         return "loss = " + (" ".join(shown).removeprefix("+ ") or "0 (nothing but weight decay moves the weights)")
 
     def __call__(

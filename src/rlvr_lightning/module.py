@@ -1,14 +1,14 @@
 """The algorithm, top to bottom: rollouts in, one or more optimizer updates out.
 
-Legend: ``P`` problems of this rank, ``G`` rollouts per problem, ``B = P * G`` rows, ``S`` padded tokens, ``b`` rows of one
-micro-batch. The module never sees an engine: the rollout callback has attached rollouts to the batch before a step begins.
+Legend: ``P`` problems of a step, ``G`` rollouts per problem, ``B`` of the ``P * G`` rollouts are this rank's rows, ``S`` padded
+tokens. The module never sees an engine: the rollout callback has attached rollouts to the batch before a step begins.
 """
 
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -20,35 +20,14 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import MetricCollection
 
 from rlvr_lightning.advantages import ADVANTAGES
-from rlvr_lightning.batching import Plan, RolloutBatch, group_rewards, plan_micro_batches, split_evenly
+from rlvr_lightning.batching import Plan, RolloutBatch, plan_micro_batches, split_evenly
 from rlvr_lightning.errors import ConfigError
-from rlvr_lightning.losses import Objective
+from rlvr_lightning.losses import LossTerms, Objective
 from rlvr_lightning.metrics import REFLECTION_WORDS, evaluation_metrics
 from rlvr_lightning.models import bf16_speedup
-from rlvr_lightning.policy import Policy, PolicyConfig, PolicyWeights
+from rlvr_lightning.optimizer import AdamW
+from rlvr_lightning.policy import Policy, PolicyConfig, PolicyWeights, TokenStats
 from rlvr_lightning.records import ProblemBatch
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdamW:
-    """The optimizer. Defaults: arXiv 2504.20571 and its code."""
-
-    lr: float = 1e-6
-    """Learning rate after the warm-up; constant."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the first and second moment."""
-    eps: float = 1e-8
-    """Added to the square root of the second moment."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay on every trained weight."""
-    warmup_steps: int = 0
-    """Updates over which the learning rate rises linearly from lr / warmup_steps to lr."""
-
-    def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ConfigError(f"optimizer.lr is {self.lr}: set it above 0")
-        if self.weight_decay < 0 or self.warmup_steps < 0:
-            raise ConfigError("optimizer.weight_decay and optimizer.warmup_steps: set them to 0 or above")
 
 
 class RLVRModule(LightningModule):
@@ -62,6 +41,8 @@ class RLVRModule(LightningModule):
         updates_per_step: optimizer updates on one batch of rollouts; 1 is exactly on-policy (the paper's code).
         tokens_per_micro_batch: padded tokens that one forward and backward pass may hold.
         max_grad_norm: gradients are clipped to this global L2 norm.
+        term_norms_every: steps between measurements of the gradient norm of each term of the loss by itself, which costs one
+            more backward pass per term; 0: never.
         mismatch_limit: end the run, before any update, when engine and learner disagree about the log-probs of sampled
             tokens by more than this on average (nats); that is a bug or a stale engine, not noise.
         reflection_words: evaluation counts the responses that contain one of them (`metrics.ReflectionRate`).
@@ -75,10 +56,11 @@ class RLVRModule(LightningModule):
         policy: PolicyConfig,
         objective: Objective = Objective(),  # noqa: B008 - frozen
         advantage: Literal["group_norm", "group_center", "leave_one_out"] = "group_norm",
-        optimizer: AdamW = AdamW(),
+        optimizer: AdamW = AdamW(),  # noqa: B008 - frozen
         updates_per_step: int = 1,
         tokens_per_micro_batch: int = 16384,
         max_grad_norm: float = 1.0,
+        term_norms_every: int = 0,
         mismatch_limit: float = 0.1,
         reflection_words: Sequence[str] = REFLECTION_WORDS,
     ) -> None:
@@ -89,6 +71,8 @@ class RLVRModule(LightningModule):
         for key, limit in (("max_grad_norm", max_grad_norm), ("mismatch_limit", mismatch_limit)):
             if not limit > 0:
                 raise ConfigError(f"model.{key} is {limit}: set it above 0 (.inf switches it off)")
+        if term_norms_every < 0:
+            raise ConfigError(f"model.term_norms_every is {term_norms_every}: set it to 0 (never) or more")
         self.automatic_optimization = False
         self.policy_config = policy
         self.objective = objective
@@ -97,6 +81,7 @@ class RLVRModule(LightningModule):
         self.updates_per_step = updates_per_step
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.max_grad_norm = max_grad_norm
+        self.term_norms_every = term_norms_every
         self.mismatch_limit = mismatch_limit
         self.reflection_words = tuple(reflection_words)
         self._reference: tuple[Policy, ...] = ()  # in a tuple: not a submodule, so never saved and never optimized
@@ -182,12 +167,7 @@ class RLVRModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW over the weights that train."""
-        config = self.optimizer_config
-        parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        fused = not any(isinstance(p, DTensor) for p in parameters)
-        return torch.optim.AdamW(
-            parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=fused
-        )
+        return self.optimizer_config.build(self.policy.parameters())
 
     # --- one training step ---------------------------------------------------------------------------------------------
 
@@ -195,10 +175,10 @@ class RLVRModule(LightningModule):
         """Advantages, reference and old log-probs, then ``updates_per_step`` updates over the batch's rollouts."""
         assert batch.rollouts is not None, "no rollouts attached: add RolloutCallback to the trainer"
         self._seconds.clear()
-        rewards = group_rewards(batch.rollouts, len(batch.problems))  # (P, G)
-        advantages = ADVANTAGES[self.advantage](rewards)  # (P, G)
-        data = RolloutBatch.from_rollouts(batch.rollouts)  # (B, S)
-        data = replace(data, advantages=advantages.flatten()).to(self.device)
+        advantages = ADVANTAGES[self.advantage](self._rewards(batch))  # (P, G)
+        data = RolloutBatch.from_rollouts(batch.rollouts).to(self.device)  # (B, S)
+        mine = advantages.flatten()[list(batch.indices)] if batch.rollouts else torch.zeros(1, device=self.device)
+        data = replace(data, advantages=mine)  # (B,)
         if self.uses_reference:
             with self._timed("reference"):
                 data = replace(data, reference_logprobs=self._reference_logprobs(data))
@@ -206,14 +186,22 @@ class RLVRModule(LightningModule):
             with self._timed("old"):
                 data = replace(data, old_logprobs=self.score(data))
         with self._timed("update"):
-            for index, rows in enumerate(split_evenly(len(data), self.updates_per_step)):
-                metrics = self._update(data.rows(rows), first=index == 0)
+            for index, minibatch in enumerate(split_evenly(advantages.numel(), self.updates_per_step)):
+                rows = [row for row, number in enumerate(batch.indices) if number in minibatch]
+                metrics = self._update(data.rows(rows) if rows else data.rows([0]).without_completions(), first=index == 0)
                 self.log_dict(metrics, batch_size=len(data))
-        silent = (advantages == 0).all(dim=1).float()  # (P,)
-        share = self._sum(torch.stack([silent.sum(), torch.tensor(float(len(silent)))]).to(self.device))
-        self.log("rollout/zero_advantage_fraction", share[0] / share[1], batch_size=len(data))
+        silent = (advantages == 0).all(dim=1)  # (P,)
+        self.log("rollout/zero_advantage_fraction", silent.float().mean(), batch_size=len(data))
+        self.log("rollout/effective_samples", (~silent).sum() * float(batch.group_size), batch_size=len(data))
         self.log_dict({f"time/{part}_s": seconds for part, seconds in self._seconds.items()}, batch_size=len(data))
         self.log("step", float(self.steps_done))  # Lightning takes the x-axis from here
+
+    def _rewards(self, batch: ProblemBatch) -> Tensor:
+        """Return the rewards of all ranks, (P, G)."""
+        rewards = torch.zeros(len(batch.problems), batch.group_size)
+        for place, rollout in zip(batch.places, batch.rollouts or (), strict=True):
+            rewards[place] = rollout.score.reward
+        return self._sum(rewards.to(self.device))
 
     def _update(self, minibatch: RolloutBatch, *, first: bool) -> dict[str, Tensor | float]:
         """Take one optimizer step on a mini-batch; return what to log.
@@ -229,20 +217,12 @@ class RLVRModule(LightningModule):
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         worst = torch.zeros((), device=self.device)
         plan = self._plan(minibatch)
-        for rows in plan.cuts:
-            micro = minibatch.rows(rows) if rows else minibatch.rows([0]).without_completions()
+        # FSDP averages gradients over ranks; the factor makes the result that of one device.
+        scale = self.trainer.world_size / num_tokens
+        norms = self._term_norms(minibatch, plan, scale) if first and self._term_norms_are_due() else {}
+        for micro, stats, terms in self._losses(minibatch, plan):
             mask = micro.completion_mask
-            stats = self.policy(micro, as_tree=plan.as_tree)
-            assert micro.advantages is not None
-            terms = self.objective(
-                logprobs=stats.logprobs,
-                entropy=stats.entropy,
-                old_logprobs=stats.logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs,
-                reference_logprobs=micro.reference_logprobs,
-                advantages=micro.advantages,
-            )
-            # FSDP averages gradients over ranks; the factor makes the result that of one device.
-            self.manual_backward((terms.total * mask).sum() * self.trainer.world_size / num_tokens)
+            self.manual_backward((terms.total * mask).sum() * scale)
             with torch.no_grad():
                 gap = torch.where(mask, stats.logprobs - micro.sampler_logprobs, 0.0)
                 for name, value in (
@@ -259,7 +239,7 @@ class RLVRModule(LightningModule):
                 worst = torch.maximum(worst, gap.abs().max())
         names = list(sums)
         means = self._sum(torch.stack([sums[n] for n in names])) / num_tokens
-        metrics: dict[str, Tensor | float] = dict(zip(names, means, strict=True))
+        metrics: dict[str, Tensor | float] = norms | dict(zip(names, means, strict=True))
         if first:
             if self.trainer.world_size > 1:
                 torch.distributed.all_reduce(worst, op=torch.distributed.ReduceOp.MAX)
@@ -267,20 +247,52 @@ class RLVRModule(LightningModule):
             self._check_mismatch(float(metrics["mismatch/mean_abs"]))
         else:  # the policy has moved on from the sampler: the gap no longer says anything about the engine
             metrics = {n: v for n, v in metrics.items() if not n.startswith("mismatch/")}
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-        grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+        grad_norm = self._clip(self.max_grad_norm)
         if not torch.isfinite(grad_norm):
             raise FloatingPointError(f"the gradient is {grad_norm} at update {self.policy_version}: lower the learning rate")
+        learning_rate = self.optimizer_config.lr_at(self.policy_version)
         for group in optimizer.param_groups:
-            group["lr"] = self._learning_rate()
-        metrics |= {"train/grad_norm": grad_norm, "train/lr": self._learning_rate(), "train/tokens": num_tokens.float()}
+            group["lr"] = learning_rate
+        metrics |= {"train/grad_norm": grad_norm, "train/lr": learning_rate, "train/tokens": num_tokens.float()}
         metrics["train/computed_tokens"] = self._sum(torch.tensor(float(plan.tokens), device=self.device))
         optimizer.step()  # Lightning counts it: policy_version += 1
         return metrics
 
-    def _learning_rate(self) -> float:
-        config = self.optimizer_config
-        return config.lr * min(1.0, (self.policy_version + 1) / max(config.warmup_steps, 1))
+    def _losses(self, minibatch: RolloutBatch, plan: Plan) -> Iterator[tuple[RolloutBatch, TokenStats, LossTerms]]:
+        """Yield each micro-batch after its forward pass, with every term of its loss per token."""
+        for rows in plan.cuts:
+            micro = minibatch.rows(rows) if rows else minibatch.rows([0]).without_completions()
+            stats = self.policy(micro, as_tree=plan.as_tree)
+            assert micro.advantages is not None
+            yield (
+                micro,
+                stats,
+                self.objective(
+                    logprobs=stats.logprobs,
+                    entropy=stats.entropy,
+                    old_logprobs=stats.logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs,
+                    reference_logprobs=micro.reference_logprobs,
+                    advantages=micro.advantages,
+                ),
+            )
+
+    def _term_norms_are_due(self) -> bool:
+        return self.term_norms_every > 0 and self.steps_done % self.term_norms_every == 0
+
+    def _term_norms(self, minibatch: RolloutBatch, plan: Plan, scale: Tensor) -> dict[str, Tensor | float]:
+        """Return the norm of the gradient of each term of the loss by itself, its coefficient included; leaves no gradient."""
+        norms: dict[str, Tensor | float] = {}
+        for name, factor in self.objective.coefficients.items():
+            for micro, _, terms in self._losses(minibatch, plan):
+                self.manual_backward((getattr(terms, name) * micro.completion_mask).sum() * (factor * scale))
+            norms[f"train/grad_norm_{name}"] = self._clip(float("inf"))
+            self.policy.zero_grad()
+        return norms
+
+    def _clip(self, limit: float) -> Tensor:
+        """Scale the gradient down to at most this norm; return the norm it had."""
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     # --- passes without gradient ---------------------------------------------------------------------------------------
 

@@ -1,6 +1,9 @@
 """Figures from a run directory. Reads logs, never trainers."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from rlvr_lightning.jsonl import read_jsonl
 
@@ -44,4 +47,38 @@ def plot_run(root: Path, file: Path, *, title: str) -> None:
     lines = [*training.lines, *entropy.lines]
     training.legend(lines, [str(line.get_label()) for line in lines], frameon=False, fontsize="small", loc="center right")
     figure.suptitle(title, fontsize="medium")
+    figure.savefig(file, dpi=150)
+
+
+def plot_history(history: Mapping[str, Sequence[float]], file: Path, *, scores: Sequence[float], label: str) -> None:
+    """Draw the accuracy of every problem at each of its visits as a heat map beside the problems' scores, as a PNG.
+
+    Args:
+        history: problem id -> accuracies (0 to 1), one row of the map per problem, in this order from the top.
+        file: the PNG to write.
+        scores: [P] one per problem.
+        label: what the scores are.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    num_problems, num_visits = len(history), max(map(len, history.values()))
+    accuracy = np.full((num_problems, num_visits), np.nan)  # nan stays blank
+    for row, accuracies in zip(accuracy, history.values(), strict=True):
+        row[: len(accuracies)] = accuracies
+    figure = Figure(figsize=(9, min(1.8 + 0.2 * num_problems, 10)), layout="constrained")
+    heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=(4, 1))
+    edges = np.arange(num_problems + 1) + 0.5
+    extent = (0.5, num_visits + 0.5, edges[-1], edges[0])
+    image = heat.imshow(accuracy, vmin=0, vmax=1, aspect="auto", extent=extent)
+    bars.stairs(scores, edges, orientation="horizontal", fill=True, color="tab:gray")
+    heat.set(title=f"{num_problems} problem{'s' * (num_problems > 1)}, sorted by {label}", xlabel="visit")
+    bars.set(xlabel=label, ylim=(edges[-1], edges[0]))
+    heat.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if num_problems <= 40:
+        names = [name if len(name) <= 24 else name[:21] + "..." for name in history]
+        heat.set_yticks(range(1, num_problems + 1), names, fontsize="small", parse_math=False)
+    else:
+        heat.set_ylabel("rank")
+    figure.colorbar(image, ax=bars, label="accuracy")
     figure.savefig(file, dpi=150)

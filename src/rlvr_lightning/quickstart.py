@@ -116,6 +116,7 @@ def _summary(out: Path, question: str, answer: str, engine: str, seed: int, step
         "seed": seed,
         "seconds_total": round(seconds, 1),
         "seconds_training": round(sum(value for _, value in curves["time/step_s"]), 1),
+        "saturation": json.loads((out / "summary.json").read_text())["saturation"],
         "accuracy_before": {name: round(curve[0][1], 4) for name, curve in accuracy.items()},
         "accuracy_after": {name: round(curve[-1][1], 4) for name, curve in accuracy.items()},
     }

@@ -1,9 +1,10 @@
 """Plain records that flow through one training step: text, token ids and scores, never tensors.
 
-Legend: ``P`` problems of this rank in one step, ``G`` rollouts per problem (the group), ``B = P * G`` rollouts.
+Legend: ``P`` problems of one step, ``G`` rollouts per problem (the group), ``B`` of the ``P * G`` rollouts are this rank's.
 This module imports neither torch nor lightning, so that grading processes and ``rlvr --help`` stay light.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -86,19 +87,32 @@ class ProblemBatch:
     """Training: index of the rollout batch since the run began, across resumes. Evaluation: always 0, so
     that every evaluation of a set draws with the same seeds."""
     slots: tuple[int, ...]
-    """[P] position of each problem in the step's global order; identifies a group for seeding, whatever the rank count."""
+    """[P] position of each problem in the step's order; identifies a group for seeding, whatever the rank count."""
     problems: tuple[Problem, ...]
     """[P]"""
     name: str = "train"
     """``train``, or the evaluation set's name."""
     group_size: int = 1
     """G; set with the rollouts."""
+    share: Sequence[int] | None = None
+    """[B] which of the step's P * G rollouts, counted group after group, are this rank's; None: all of them. A group may be
+    spread over ranks, so any number of problems trains on any number of ranks."""
     subjects: tuple[str, ...] = ()
     """Every subject of the whole evaluation set, whatever this batch holds; empty if the set has none."""
     known: dict[int, list[Rollout]] = field(default_factory=dict)
     """slot -> its G rollouts that an interrupted evaluation has left on the disk; they are not sampled again."""
     rollouts: list[Rollout] | None = None
-    """[P * G] group-major: the G rollouts of problem 0 first. None until the callback has attached them."""
+    """[B] group-major: those of problem 0 first. None until the callback has attached them."""
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """[B] number of each of this rank's rollouts among the step's P * G."""
+        return range(len(self.problems) * self.group_size) if self.share is None else self.share
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """[B] (index of the problem, number of the sample in its group) of each of this rank's rollouts."""
+        return [divmod(i, self.group_size) for i in self.indices]
 
     def to(self, *_args: Any, **_kwargs: Any) -> "ProblemBatch":
         """Return self: text stays where it is (Lightning calls this to move a batch to the device)."""

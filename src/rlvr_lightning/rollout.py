@@ -63,37 +63,35 @@ class Collector:
     def collect(
         self, batch: ProblemBatch, template: PromptTemplate, sampling: Sampling, grader: str | None = None
     ) -> list[Rollout]:
-        """Return P * G rollouts of the batch's problems, group-major.
+        """Return this rank's rollouts of the batch's problems, group-major.
 
         Args:
-            batch: P problems with their step and slots, which decide the seeds.
+            batch: P problems with their step and slots, which decide the seeds, and which rollouts are wanted.
             template: from problem to prompt.
-            sampling: G, temperature and length.
+            sampling: temperature and length.
             grader: a name of ``rlvr_lightning.grading``; None leaves it to the verifier.
         """
         stream = "train" if batch.name == "train" else "eval"
-        prompts = [template(problem, self.tokenizer) for problem in batch.problems]
-        seeds = [
-            [
-                seed_for(self.run_seed, stream=stream, step=batch.step, slot=slot, sample=sample)
-                for sample in range(sampling.rollouts_per_problem)
-            ]
-            for slot in batch.slots
-        ]
+        wanted: dict[int, list[int]] = {}  # index of a problem -> seeds
+        for index, sample in batch.places:
+            seed = seed_for(self.run_seed, stream=stream, step=batch.step, slot=batch.slots[index], sample=sample)
+            wanted.setdefault(index, []).append(seed)
+        problems = [batch.problems[index] for index in wanted]
+        prompts, seeds = [template(problem, self.tokenizer) for problem in problems], list(wanted.values())
 
         def begin_to_grade(index: int, completion: Completion) -> None:
             if grader is not None or self.graders is self.verifier:
-                self.graders.anticipate(batch.problems[index], completion, grader)
+                self.graders.anticipate(problems[index], completion, grader)
 
         started = time.perf_counter()
         groups = self.engine.generate(prompts, sampling, seeds, begin_to_grade) if prompts else []
         generated = time.perf_counter()
-        pairs = [(p, c) for p, group in zip(batch.problems, groups, strict=True) for c in group]
+        pairs = [(p, c) for p, group in zip(problems, groups, strict=True) for c in group]
         scores = self.verifier(pairs) if grader is None else self.graders(pairs, grader)
         self.seconds = {"generate": generated - started, "grade": time.perf_counter() - generated}
         version = self.engine.version
         assert version is not None or not pairs  # generate() refuses to run without weights
-        prompt_of = [p for p in prompts for _ in range(sampling.rollouts_per_problem)]
+        prompt_of = [p for p, group in zip(prompts, groups, strict=True) for _ in group]
         return [
             Rollout(
                 problem=problem,

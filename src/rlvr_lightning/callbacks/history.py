@@ -1,6 +1,7 @@
 """What each problem scored at each step, as the run goes: the file to plot learning curves per problem from."""
 
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -30,32 +31,47 @@ class HistoryCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: ProblemBatch, batch_idx: int
     ) -> None:
         """Write the step's rows; all ranks must call it."""
-        rows = gather_rows(history_rows(batch))
+        rows = history_rows(gather_rows(visits(batch)))
         if not trainer.is_global_zero:
             return
         path = Path(trainer.default_root_dir) / "history.jsonl"
         if not self._begun:
             keep_before(path, batch.step)
             self._begun = True
-        append_lines(path, sorted(rows, key=lambda row: row["slot"]), fsync=True)
+        append_lines(path, rows, fsync=True)
 
 
-def history_rows(batch: ProblemBatch) -> list[dict[str, Any]]:
-    """Return one row per problem of a batch whose rollouts are attached; see `HistoryCallback`."""
-    rollouts = batch.rollouts or []
-    group_size = len(rollouts) // max(len(batch.problems), 1)
+def visits(batch: ProblemBatch) -> list[dict[str, Any]]:
+    """Return what `history_rows` needs of each rollout of this rank."""
+    return [
+        {
+            "step": batch.step,
+            "id": rollout.problem.id,
+            "slot": batch.slots[index],
+            "sample": sample,
+            "reward": rollout.score.reward,
+            "length": len(rollout.completion.token_ids),
+            "truncated": rollout.completion.finish_reason == "length",
+            "reason": rollout.score.reason,
+        }
+        for (index, sample), rollout in zip(batch.places, batch.rollouts or (), strict=True)
+    ]
+
+
+def history_rows(rollouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one row per slot, in order, from the rollouts of all ranks; see `HistoryCallback`."""
     rows = []
-    for i, (slot, problem) in enumerate(zip(batch.slots, batch.problems, strict=True)):
-        group = rollouts[i * group_size : (i + 1) * group_size]
+    for slot, group in groupby(sorted(rollouts, key=lambda r: (r["slot"], r["sample"])), key=lambda r: r["slot"]):
+        visit = list(group)
         rows.append(
             {
-                "step": batch.step,
-                "id": problem.id,
+                "step": visit[0]["step"],
+                "id": visit[0]["id"],
                 "slot": slot,
-                "rewards": [rollout.score.reward for rollout in group],
-                "lengths": [len(rollout.completion.token_ids) for rollout in group],
-                "truncated": sum(rollout.completion.finish_reason == "length" for rollout in group),
-                "reasons": dict(Counter(rollout.score.reason for rollout in group)),
+                "rewards": [r["reward"] for r in visit],
+                "lengths": [r["length"] for r in visit],
+                "truncated": sum(r["truncated"] for r in visit),
+                "reasons": dict(Counter(r["reason"] for r in visit)),
             }
         )
     return rows

@@ -82,7 +82,7 @@ def zero_advantage_sentence(batch: ProblemBatch, *, world_size: int = 1) -> str:
     if len(rewards) == 1:
         return f"all {len(batch.rollouts or [])} rollouts{whose} scored {rewards[0]:g}: {rest}"
     scores = ", ".join(f"{reward:g}" for reward in rewards)
-    return f"in each of the {len(batch.problems)} groups{whose} all rollouts scored the same ({scores}): {rest}"
+    return f"in each of the {len(batch.problems)} groups all rollouts scored the same ({scores}{whose}): {rest}"
 
 
 def clock(seconds: float) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 from lightning.pytorch import Callback, Trainer
 
+from rlvr_lightning.batching import share_of_rank
 from rlvr_lightning.data import ProblemDataModule
 from rlvr_lightning.engines import RolloutEngine, Sampling
 from rlvr_lightning.errors import ConfigError
@@ -81,7 +82,7 @@ class RolloutCallback(Callback):
         if stage == "fit":
             if not datamodule.train_problems:
                 raise ConfigError("data holds no training problem: fit with SingleExampleDataModule or SubsetDataModule")
-            self.check_training(pl_module, datamodule.problems_per_step // trainer.world_size)
+            self.check_training(pl_module, datamodule.problems_per_step)
         self.engine.check()
         config, tokenizer = load_config_and_tokenizer(pl_module.policy_config.model_path)
         self._collector = Collector(self.engine, self.verifier, tokenizer, self.seed)
@@ -90,7 +91,7 @@ class RolloutCallback(Callback):
             self._check_answers(datamodule)
 
     def check_training(self, module: RLVRModule, groups: int) -> None:
-        """Raise ConfigError for sampling that cannot train; ``groups``: of one process in one step."""
+        """Raise ConfigError for sampling that cannot train; ``groups``: of one step."""
         if self.sampling.temperature == 0:
             raise ConfigError(
                 "rollout.sampling.temperature is 0: greedy rollouts of a group are all alike and teach nothing; set it "
@@ -101,21 +102,26 @@ class RolloutCallback(Callback):
                 f"rollout.sampling.top_p is {self.sampling.top_p}: the learner knows no cut, so the ratio would be biased; "
                 "set it to 1"
             )
-        if self.sampling.rollouts_per_problem == 1:
+        if self.sampling.rollouts_per_problem == 1 and module.advantage != "group_norm":
             raise ConfigError(
                 f"rollout.sampling.rollouts_per_problem is 1 and model.advantage is {module.advantage}: a group of one has "
-                "no baseline; set rollouts_per_problem to 2 or more"
+                "no baseline; set rollouts_per_problem to 2 or more, or take group_norm, whose advantage is then the reward"
             )
         if module.updates_per_step > groups * self.sampling.rollouts_per_problem:
             raise ConfigError(
-                f"model.updates_per_step is {module.updates_per_step} but a process has only "
-                f"{groups * self.sampling.rollouts_per_problem} rollouts per step: set it to at most that"
+                f"model.updates_per_step is {module.updates_per_step} but a step has only "
+                f"{groups * self.sampling.rollouts_per_problem} rollouts: set it to at most that"
             )
 
     def _check_answers(self, datamodule: ProblemDataModule) -> None:
         """Compare ground truths with themselves: in training a fault is an error, in evaluation a warning, given once."""
         if datamodule.train_problems:
-            self.verifier.check(datamodule.train_problems)
+            try:
+                self.verifier.check(datamodule.train_problems)
+            except ConfigError as error:
+                if not datamodule.skip_bad_rows:
+                    raise
+                print(f"warning: {error}", flush=True)
         assert self._collector is not None
         for name, problems in datamodule.eval_problems.items():
             eval_set = datamodule.eval_set(name)
@@ -151,26 +157,25 @@ class RolloutCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: RLVRModule) -> None:
         """Say in words what this run is."""
         datamodule: ProblemDataModule = getattr(trainer, "datamodule")  # noqa: B009 - set by Lightning at run time
-        problems, groups = datamodule.train_problems, datamodule.problems_per_step
-        group, updates = self.sampling.rollouts_per_problem, pl_module.updates_per_step
-        of_what = f"{problems[0].question!r} -> {problems[0].answer}" if len(problems) == 1 else f"{len(problems)} problems"
-        skipped = [] if pl_module.uses_reference else ["reference pass (kl_coef is 0)"]
-        skipped += ["old-log-prob pass (one update per step: exactly on-policy)"] if updates == 1 else []
-        skipped += (
-            ["what rollouts have in common, the prompt above all (computed once)"]
-            if pl_module.policy.share is not False
-            else []
-        )
         if not trainer.is_global_zero:
             return
+        updates, ranks, precision = pl_module.updates_per_step, trainer.world_size, str(pl_module.compute_dtype)
+        groups, group = datamodule.problems_per_step, self.sampling.rollouts_per_problem
+        rollouts = groups * group
+        skipped = {
+            "reference pass (kl_coef is 0)": not pl_module.uses_reference,
+            "old-log-prob pass (one update per step: exactly on-policy)": updates == 1,
+            "what rollouts have in common, the prompt above all (computed once)": pl_module.policy.share is not False,
+        }
         print(
-            f"training on  {of_what}\n"
-            f"each step    {groups} groups x {group} rollouts = {groups * group} completions of at most "
-            f"{self.sampling.max_tokens} tokens at temperature {self.sampling.temperature:g}, {updates} update(s)\n"
+            f"training on  {describe_problems(datamodule)}\n"
+            f"each step    {groups} groups x {group} rollouts = {rollouts} completions of at most {self.sampling.max_tokens} "
+            f"tokens at temperature {self.sampling.temperature:g}; {updates} update(s) on {rollouts / updates:g} of them, "
+            f"{rollouts / updates / ranks:g} per process, micro-batches of at most {pl_module.tokens_per_micro_batch} tokens\n"
             f"objective    {pl_module.objective}; advantage {pl_module.advantage}\n"
-            f"engine       {type(self.engine).__name__}, learner in {str(pl_module.compute_dtype).removeprefix('torch.')} "
-            f"with float32 weights on {trainer.world_size} process(es)\n"
-            f"skipped      {', '.join(skipped) or 'nothing'}",
+            f"engine       {type(self.engine).__name__}, learner in {precision.removeprefix('torch.')} with float32 weights on "
+            f"{ranks} process(es)\n"
+            f"skipped      {', '.join(what for what, is_so in skipped.items() if is_so) or 'nothing'}",
             flush=True,
         )
 
@@ -185,8 +190,12 @@ class RolloutCallback(Callback):
         if self.engine.version != module.policy_version:
             self.engine.sync(module.weights(), module.policy_version, window=self._window)
         synced = time.perf_counter()
-        batch.rollouts = self._collector.collect(batch, prompt, sampling, grader)
         batch.group_size = sampling.rollouts_per_problem
+        if batch.name == "train":
+            rank, world_size = module.global_rank, module.trainer.world_size
+            of_step = len(batch.problems) * batch.group_size
+            batch.share = share_of_rank(of_step, module.updates_per_step, rank, world_size)
+        batch.rollouts = self._collector.collect(batch, prompt, sampling, grader)
         return {"sync": synced - started, **self._collector.seconds}
 
     def on_train_start(self, trainer: Trainer, pl_module: RLVRModule) -> None:
@@ -317,3 +326,18 @@ def peak_memory_gib() -> float:
     if status.is_file():  # getrusage would begin with the peak of the process that started this one
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:")) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def describe_problems(data: ProblemDataModule) -> str:
+    """Return what is trained on, how often each problem comes, and what is odd about the files, one line each."""
+    problems, visits = data.train_problems, data.problems_per_step / len(data.train_problems)
+    if len(problems) == 1:
+        what = f"{problems[0].question!r} -> {problems[0].answer}, in every group"
+    else:
+        often = f"each {visits:g} times a step" if visits >= 1 else f"each once in {1 / visits:g} steps"
+        what = f"{len(problems)} problems, {often}" + (" on average" if len(set(data.train_weights or ())) > 1 else "")
+    notes = list(data.notes)
+    if data.changes:
+        notes.append(f"{len(data.changes)} of their questions and answers are changed on purpose: see perturbed.jsonl")
+    rest = [f"... and {len(notes) - 8} more such lines (`rlvr problems FILE` shows all)"] if len(notes) > 8 else []
+    return "\n             ".join([what, *notes[:8], *rest])

@@ -123,14 +123,12 @@ class TranscriptCallback(Callback):
 
 def transcript_rows(batch: ProblemBatch) -> list[dict[str, Any]]:
     """Return one row per rollout, group after group; ``length`` in tokens, ``mean_logprob`` in nats per token."""
-    rollouts = batch.rollouts or []
-    group_size = max(len(rollouts) // max(len(batch.problems), 1), 1)
     return [
         {
             "step": batch.step,
-            "slot": batch.slots[i // group_size],
+            "slot": batch.slots[index],
             "problem_id": rollout.problem.id,
-            "sample": i % group_size,
+            "sample": sample,
             "reward": rollout.score.reward,
             "correct": rollout.score.correct,
             "reason": rollout.score.reason,
@@ -142,7 +140,7 @@ def transcript_rows(batch: ProblemBatch) -> list[dict[str, Any]]:
             "policy_version": rollout.policy_version,
             "temperature": rollout.temperature,
         }
-        for i, rollout in enumerate(rollouts)
+        for (index, sample), rollout in zip(batch.places, batch.rollouts or (), strict=True)
     ]
 
 

@@ -108,17 +108,17 @@ class RolloutEngine(Protocol):
         seeds: Sequence[Sequence[int]],
         on_completion: Listener | None = None,
     ) -> list[list[Completion]]:
-        """Sample ``sampling.rollouts_per_problem`` completions for each prompt.
+        """Sample one completion for each seed of each prompt.
 
         Args:
             prompts: [P] token ids of each prompt.
-            sampling: temperature, length and number of completions.
-            seeds: [P][G] one seed per completion: the same seed and weights give the same completion.
+            sampling: temperature and length.
+            seeds: [P][any number] one seed per completion: the same seed and weights give the same completion.
             on_completion: called with (index of the prompt, completion) as each one is finished, in any order: it can be
                 graded while others are sampled.
 
         Returns:
-            [P][G] completions; log-probs are taken at the sampling temperature (at temperature 1 for greedy decoding).
+            Completions in the shape of ``seeds``; log-probs are taken at the sampling temperature (at 1 for greedy decoding).
 
         Raises:
             RuntimeError: if the engine holds no weights.

@@ -81,8 +81,8 @@ class HFEngine(RolloutEngine):
             if on_completion is not None:
                 for (i, _), completion in zip(batch, finished, strict=True):
                     on_completion(i, completion)
-        group = sampling.rollouts_per_problem
-        return [completions[i : i + group] for i in range(0, len(completions), group)]
+        rest = iter(completions)
+        return [[next(rest) for _ in row] for row in seeds]
 
     def _generate(self, prompts: list[Sequence[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:
         assert self._model is not None

@@ -173,23 +173,21 @@ class VLLMEngine(RolloutEngine):
         vllm = import_vllm()
         assert self._llm is not None
         inputs = [vllm.TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
-        requests = [i for i, row in zip(inputs, seeds, strict=True) for _ in row]
-        params = [self._params(sampling, seed) for row in seeds for seed in row]
-        group = sampling.rollouts_per_problem
+        places = [(i, j) for i, row in enumerate(seeds) for j in range(len(row))]
         engine = self._llm.llm_engine
-        for i, (request, param) in enumerate(zip(requests, params, strict=True)):
-            engine.add_request(str(i), request, param)
-        completions: dict[int, Completion] = {}
+        for number, (i, j) in enumerate(places):
+            engine.add_request(str(number), inputs[i], self._params(sampling, seeds[i][j]))
+        completions: dict[tuple[int, int], Completion] = {}
         with _no_ranks():
             while engine.has_unfinished_requests():  # LLM.generate's own loop, except that it tells of each one as it ends
                 outputs: list[Any] = engine.step()
                 for output in outputs:
                     if output.finished:
-                        i = int(output.request_id)
-                        completions[i] = self._completion(output.outputs[0])
+                        place = places[int(output.request_id)]
+                        completions[place] = self._completion(output.outputs[0])
                         if on_completion is not None:
-                            on_completion(i // group, completions[i])
-        return [[completions[i] for i in range(start, start + group)] for start in range(0, len(params), group)]
+                            on_completion(place[0], completions[place])
+        return [[completions[i, j] for j in range(len(row))] for i, row in enumerate(seeds)]
 
     def _params(self, sampling: Sampling, seed: int) -> "SamplingParams":
         return import_vllm().SamplingParams(

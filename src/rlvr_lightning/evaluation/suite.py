@@ -2,51 +2,25 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from rlvr_lightning.engines import Sampling
 from rlvr_lightning.errors import ConfigError
-from rlvr_lightning.evaluation.reading import load_problems, training_row
-from rlvr_lightning.evaluation.synthetic import OPERATIONS, generate
-from rlvr_lightning.grading.boxed import last_boxed
+from rlvr_lightning.evaluation.reading import bad_rows
+from rlvr_lightning.evaluation.synthetic import OPERATIONS
 from rlvr_lightning.prompts import PromptTemplate
 from rlvr_lightning.records import Problem
+from rlvr_lightning.sources import Source
 
 SUITE_PREFIX = "suite:"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalSet:
-    """One evaluation set. Exactly one of ``file``, ``generator``, ``hub`` says where its problems come from."""
+class EvalSet(Source):
+    """One evaluation set: where its problems come from, how they are asked and how graded."""
 
-    file: str | None = None
-    """A jsonl or parquet file, or ``builtin:NAME``."""
-    generator: str | None = None
-    """Make the problems from a seed: ``arithmetic:OPERATION:DIGITS``, or ``reasoning_gym:TASK`` (needs reasoning-gym)."""
-    count: int = 200
-    """How many problems to make."""
-    seed: int = 0
-    """Decides which problems are made; independent of the run's seed."""
-    hub: str | None = None
-    """A data set of the Hugging Face hub, ``owner/name``."""
-    hub_file: str = ""
-    """The split's file in the data set, jsonl or parquet."""
-    revision: str = "main"
-    """Commit, tag or branch of the data set."""
-    local: str = ""
-    """Name, without ending, of the file that ``data.eval_folder`` holds in place of the hub's."""
-    question: tuple[str, ...] = ()
-    """Keys of the question; the first one present counts. Empty, as with ``answer``: the keys of training files."""
-    answer: tuple[str, ...] = ()
-    """Keys of the ground truth; the first one present counts, and of a list its first entry. ``KEY|last_box`` takes the last
-    ``\\boxed{}`` of the value, ``KEY|after_hashes`` what follows ``####``."""
-    subject: str = ""
-    """Key of what accuracy is also reported by; empty if there is none."""
-    id: str = "id"
-    """Key of the id; a row without it is known by its number."""
     prompt: PromptTemplate | None = None
     """None: the run's ``rollout.eval_prompt``."""
     rollouts_per_problem: int | None = None
@@ -60,14 +34,7 @@ class EvalSet:
     characters (``acc_norm``) or bytes (``acc_bytes``). The rows need ``choices``. Names: EleutherAI/lm-evaluation-harness."""
 
     def __post_init__(self) -> None:
-        given = [key for key in ("file", "generator", "hub") if getattr(self, key)]
-        if len(given) != 1:
-            raise ConfigError(
-                f"an evaluation set comes from one of file, generator, hub; this one has {' and '.join(given) or 'none'}: "
-                "give one, or base: suite:NAME"
-            )
-        if self.count < 1:
-            raise ConfigError(f"count is {self.count}: set it to 1 or more")
+        super().__post_init__()
         self.sampling(Sampling())  # refuses numbers that nothing can be sampled with
 
     def sampling(self, run: Sampling) -> Sampling:
@@ -86,10 +53,11 @@ class EvalSet:
         Raises:
             ConfigError: if they cannot be had, or listing every bad row.
         """
-        if self.generator is not None:
-            return generate(self.generator, self.count, self.seed)
+        found, faults = self.read(folder)
+        if faults:
+            raise ConfigError(bad_rows(faults))
         different: dict[object, Problem] = {}
-        for problem in load_problems(self._path(folder), self.parse):
+        for problem in found:
             different.setdefault((problem.question, problem.answer, problem.choices), problem)
         problems, seen = [], Counter[str]()
         for problem in different.values():
@@ -98,66 +66,11 @@ class EvalSet:
             problems.append(problem if number == 1 else replace(problem, id=f"{problem.id}#{number}"))
         return problems
 
-    def _path(self, folder: str | None) -> str:
-        if self.file is not None:
-            return self.file
-        if folder is not None:
-            for path in (Path(folder).expanduser() / f"{self.local}{ending}" for ending in (".jsonl", ".parquet")):
-                if path.is_file():
-                    return str(path)
-            raise ConfigError(
-                f"data.eval_folder {folder!r} holds no {self.local}.jsonl: put it there, or leave data.eval_folder out to take "
-                f"{self.hub} from the hub"
-            )
-        from huggingface_hub import hf_hub_download
-
-        assert self.hub is not None
-        try:
-            return hf_hub_download(self.hub, self.hub_file, repo_type="dataset", revision=self.revision)
-        except (OSError, ValueError) as error:  # every failure of the hub's client is one of them
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(
-                f"{self.hub_file} of the data set {self.hub} cannot be had from the hub ({reason}): set data.eval_folder to a "
-                f"folder that holds {self.local}.jsonl, or go online"
-            ) from error
-
     def parse(self, row: dict[str, Any], number: int, source: str) -> Problem:
         """Return the problem of a row; see :data:`~rlvr_lightning.evaluation.reading.RowParser`."""
-        if not self.question and not self.answer and self.id == "id":
-            problem = training_row(row, number, source)
-        else:
-            questions, answers = self.question or ("question", "problem"), self.answer or ("answer",)
-            question = next((row[key] for key in questions if row.get(key)), None)
-            if not isinstance(question, str) or not question.strip():
-                raise ConfigError(f"no question (keys read: {', '.join(questions)})")
-            answer = next((a for key in answers if (a := _answer(row, key)) is not None), "")
-            if not answer:
-                raise ConfigError(f"no answer (keys read: {', '.join(answers)})")
-            problem = Problem(id=str(row.get(self.id, number)), question=question, answer=answer, source=source)
+        problem = super().parse(row, number, source)
         choices = _choices(row, problem.answer) if self.likelihood is not None else ()
-        subject = row.get(self.subject) if self.subject else None
-        return replace(problem, subject="" if subject is None else str(subject), choices=choices)
-
-
-def _answer(row: Mapping[str, Any], key: str) -> str | None:
-    """Return the ground truth under ``key``, or None if the row has no such key."""
-    name, _, form = key.partition("|")
-    value = row.get(name)
-    if isinstance(value, list):
-        value = value[0] if value else None
-    if value is None:
-        return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # AMC's file writes its integers as 27.0
-    text = str(value).strip()
-    return FORMS[form](text) if form else text
-
-
-FORMS: Mapping[str, Callable[[str], str]] = {
-    "last_box": lambda text: last_boxed(text) or "",
-    "after_hashes": lambda text: text.rpartition("####")[2].strip() if "####" in text else "",
-}
-"""How a ground truth is read from a worked solution; an empty string means that there is none."""
+        return replace(problem, choices=choices)
 
 
 def _choices(row: Mapping[str, Any], answer: str) -> tuple[tuple[str, str], ...]:

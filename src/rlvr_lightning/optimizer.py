@@ -1,0 +1,43 @@
+"""The optimizer and its learning rate."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from rlvr_lightning.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """The optimizer. Defaults: arXiv 2504.20571 and its code."""
+
+    lr: float = 1e-6
+    """Learning rate after the warm-up; constant."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the square root of the second moment."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay on every trained weight."""
+    warmup_steps: int = 0
+    """Updates over which the learning rate rises linearly from lr / warmup_steps to lr."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ConfigError(f"optimizer.lr is {self.lr}: set it above 0")
+        if self.weight_decay < 0 or self.warmup_steps < 0:
+            raise ConfigError("optimizer.weight_decay and optimizer.warmup_steps: set them to 0 or above")
+
+    def build(self, weights: Iterable[torch.nn.Parameter]) -> torch.optim.AdamW:
+        """Return the optimizer of those weights that train."""
+        trained = [p for p in weights if p.requires_grad]
+        fused = not any(isinstance(p, DTensor) for p in trained)
+        return torch.optim.AdamW(
+            trained, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=fused
+        )
+
+    def lr_at(self, updates: int) -> float:
+        """Return the learning rate of the next update, after so many."""
+        return self.lr * min(1.0, (updates + 1) / max(self.warmup_steps, 1))
