@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rlvr_lightning import check
 from rlvr_lightning.data import EvalDataModule, EvalLoader, ProblemLoader, SingleExampleDataModule, SubsetDataModule
 from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.evaluation.reading import load_problems, read_problems
@@ -95,8 +96,8 @@ def test_every_bad_parquet_row_is_named(tmp_path: Path) -> None:
     file = write_paper_parquet(tmp_path / "p.parquet", content)
     with pytest.raises(ConfigError) as caught:
         load_problems(file)
-    assert f"{file} row 2: no answer" in str(caught.value)
-    assert f"{file} row 3: no question" in str(caught.value)
+    assert f"{file} row 2 (id 1): no answer" in str(caught.value)
+    assert f"{file} row 3 (id 2): no question" in str(caught.value)
     assert str(caught.value).startswith("2 bad row(s)")
 
 
@@ -320,11 +321,11 @@ def test_every_bad_row_of_every_source_is_in_one_report(tmp_path: Path) -> None:
         SubsetDataModule(sources=[first, str(second), third, fourth, str(tmp_path / "fifth.jsonl")], evals=evals).setup("fit")
     told = str(caught.value)
     for part in (
-        f"{first} row 2: no answer",
-        f"{first} row 3: no question",
+        f"{first} row 2 (id b): no answer",
+        f"{first} row 3 (id c): no question",
         f"{second} row 1: not UTF-8 text",
         f"{second} row 2: its id 'a' is that of {first} row 1",
-        f"{third} row 1: the question has 2,000,000 characters",
+        f"{third} row 1 (id e): the question has 2,000,000 characters",
         f"{fourth}, each of its 3 rows: no question (keys read: question, problem, prompt; the row has text, answer)",
         "fifth.jsonl' does not exist",
         f"{evals['own']} row 1: no answer",
@@ -561,7 +562,9 @@ def test_every_published_training_file_loads_but_for_one_row_without_an_answer()
         assert len(found) + len(faults) == pq.read_metadata(file).num_rows
         if file.name == "dsr_sub.parquet":
             [fault] = faults
-            assert fault.startswith(f"{file} row 266: no answer (keys read: answer, reward_model.ground_truth; the row has ")
+            assert fault.startswith(
+                f"{file} row 266 (id 265): no answer (keys read: answer, reward_model.ground_truth; the row has "
+            )
         else:
             assert not faults
 
@@ -569,7 +572,7 @@ def test_every_published_training_file_loads_but_for_one_row_without_an_answer()
 @needs_shared_data
 def test_the_papers_set_trains_without_its_bad_row_and_its_duplicates_are_told() -> None:
     file = str(SHARED_DATA / "train" / "dsr_sub.parquet")
-    with pytest.raises(ConfigError, match=r"1 bad row.*\n.*row 266: no answer.*\n.*skip_bad_rows"):
+    with pytest.raises(ConfigError, match=r"1 bad row.*\n.*row 266 .id 265.: no answer.*\n.*skip_bad_rows"):
         SubsetDataModule(sources=[file]).setup("fit")
     data = SubsetDataModule(sources=[file], skip_bad_rows=True)
     data.setup("fit")
@@ -630,3 +633,20 @@ def test_loading_does_not_depend_on_how_often_setup_is_called(tmp_path: Path, mo
         data.setup(stage)
     assert len(read) == 1
     assert len(data.eval_problems["own"]) == 2
+
+
+def test_the_command_reports_files_and_joins_the_good_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_jsonl(
+        tmp_path / "p.jsonl",
+        [*rows(2), {"id": "bad", "question": "1+1?"}, {"id": "p9", "question": "What is 0 + 1?", "answer": "1"}],
+    )
+    out = tmp_path / "good.jsonl"
+    assert check.main(["problems", file, "--out", str(out)]) == 2
+    told = capsys.readouterr().out
+    assert told.startswith("3 problems; question of 14 to 14 characters\n")
+    assert f"left out: {file} row 3 (id bad): no answer" in told
+    assert f"2 rows hold the same question: id p0 ({file} row 1), id p9 ({file} row 4)" in told
+    assert check.main(["problems", str(out)]) == 0
+    solutions = write_jsonl(tmp_path / "s.jsonl", [{"task": "1+1?", "solution": r"so \boxed{2}"}])
+    assert check.main(["problems", solutions, "--question", "task", "--answer", "solution|last_box", "--out", str(out)]) == 0
+    assert [(p.id, p.question, p.answer) for p in load_problems(str(out))] == [("1", "1+1?", "2")]

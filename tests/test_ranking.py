@@ -374,7 +374,7 @@ def test_an_unusable_row_matters_only_if_it_is_chosen(tmp_path: Path, run: Run) 
     history = write_json(tmp_path / "acc.json", {"a": [0, 1], "b": [0, 0.5]})
     data = write_rows(tmp_path / "data.jsonl", [DATA[0], DATA[1] | {"answer": ""}])
     printed = run(history, "--top", 1, "--problems", data, "--out", tmp_path / "r.jsonl")
-    assert f"left out: 1, such as {data} row 2: no answer" in printed
+    assert f"left out: 1, such as {data} row 2 (id b): no answer" in printed
     message = refused(tmp_path, history, "--problems", data, "--out", tmp_path / "x.jsonl")
     assert "lacks 1 of the 2" in message
     assert "'b'" in message

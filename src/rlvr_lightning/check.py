@@ -23,8 +23,11 @@ def main(args: list[str]) -> int:
     parser = _Parser(prog="rlvr problems", description=__doc__)
     parser.add_argument("files", metavar="FILE", nargs="+", help="jsonl or parquet files, folders of them, or builtin:NAME")
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the good problems, as one jsonl file to train on")
+    for key, what in (("question", "statement"), ("answer", "ground truth; KEY|last_box, KEY|after_hashes: of a solution")):
+        parser.add_argument(f"--{key}", metavar="KEY", action="append", default=[], help=f"column of the {what}")
     options = parser.parse_args(args[1:])
-    pool = read_pool([TrainSource(file=file) for file in options.files], skip_bad_rows=True)
+    columns = {"question": tuple(options.question), "answer": tuple(options.answer)}
+    pool = read_pool([TrainSource(file=file, **columns) for file in options.files], skip_bad_rows=True)
     print(f"{len(pool.problems)} problems; question of {_range([len(p.question) for p in pool.problems])} characters")
     for note in pool.notes:
         print(note)

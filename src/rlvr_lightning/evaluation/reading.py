@@ -103,7 +103,7 @@ def read_problems(file: str, parse: RowParser = training_row, prefix: str = "") 
     if path.suffix not in READERS:
         raise ConfigError(f"data file {file!r} is none of {', '.join(READERS)}: convert it, one problem per row")
     problems: list[Problem] = []
-    bad: list[tuple[int, str]] = []
+    bad: list[tuple[str, str]] = []
     for number, row in READERS[path.suffix](path):
         try:
             problem = parse(_checked(row), number, f"{file}:{number}")
@@ -111,12 +111,12 @@ def read_problems(file: str, parse: RowParser = training_row, prefix: str = "") 
                 raise ConfigError(f"the question has {len(problem.question):,} characters, more than any model can read")
             problems.append(problem if problem.id else replace(problem, id=f"{prefix}{number}"))
         except ConfigError as error:
-            bad.append((number, str(error)))
+            bad.append((f"row {number}{_id(row)}", str(error)))
     if not problems and not bad:
         raise ConfigError(f"data file {file!r} is empty: it needs at least one problem")
     if not problems and len(bad) > 1 and len({reason for _, reason in bad}) == 1:
         return [], [f"{file}, each of its {len(bad)} rows: {bad[0][1]}"]
-    return problems, [f"{file} row {number}: {reason}" for number, reason in bad]
+    return problems, [f"{file} {row}: {reason}" for row, reason in bad]
 
 
 def answer_under(row: Mapping[str, Any], key: str) -> str | None:
@@ -138,6 +138,13 @@ FORMS: Mapping[str, Callable[[str], str]] = {
     "after_hashes": lambda text: text.rpartition("####")[2].strip() if "####" in text else "",
 }
 """How a ground truth is read from a worked solution; an empty string means that there is none."""
+
+
+def _id(row: Any) -> str:
+    """Return how a message names the id of a row that has one."""
+    extra = row.get("extra_info") if isinstance(row, dict) else None
+    known = row.get("id", extra.get("index") if isinstance(extra, dict) else None) if isinstance(row, dict) else None
+    return "" if known is None else f" (id {known})"
 
 
 def _checked(row: Any) -> dict[str, Any]:
