@@ -1,5 +1,6 @@
 """Saturation is where training accuracy begins to stay high, and the gains of evaluation sets are divided there."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,16 @@ def test_an_empty_folder_has_no_summary_to_tell(tmp_path: Path) -> None:
 def test_rows_without_a_number_are_skipped(tmp_path: Path) -> None:
     append_lines(tmp_path / "metrics.jsonl", [{"step": s, "rollout/accuracy": None if s == 3 else 1.0} for s in range(1, 6)])
     assert summarize(tmp_path, window=4)["saturated_at"] == 1
+
+
+@given(st.lists(st.sampled_from([0.0, 0.9, 1.0]), max_size=40), st.integers(0, 40), st.integers(1, 5))
+def test_a_resumed_run_finds_the_step_of_an_uninterrupted_one(accuracies: list[float], cut: int, window: int) -> None:
+    whole, first, second = (Saturation(0.95, window) for _ in range(3))
+    for step, accuracy in enumerate(accuracies):
+        whole.update(step, accuracy)
+    for step, accuracy in enumerate(accuracies[:cut]):
+        first.update(step, accuracy)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for step, accuracy in list(enumerate(accuracies))[cut:]:
+        second.update(step, accuracy)
+    assert second.step == whole.step

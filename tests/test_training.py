@@ -321,6 +321,39 @@ def test_with_advantages_and_without_coefficients_the_weights_move(tiny_model: P
     assert run.record.metrics[0]["rollout/zero_advantage_fraction"] == 0.0
 
 
+def test_the_norm_of_each_term_is_that_of_a_run_with_this_term_alone(tiny_model: Path, tmp_path: Path):
+    def run(objective: Objective, **settings: Any) -> Run:
+        limits = {"mismatch_limit": float("inf"), "max_grad_norm": float("inf"), "tokens_per_micro_batch": 30}
+        return fit(tiny_model, tmp_path, MoveAtStart(), rollouts=crafted(), objective=objective, **limits, **settings)
+
+    together = Objective(policy_coef=0.7, kl_coef=0.1, entropy_coef=0.05)
+    measured = run(together, term_norms_every=1)
+    off = {"policy_coef": 0.0, "kl_coef": 0.0, "entropy_coef": 0.0}
+    for name, alone in (("surrogate", {"policy_coef": 0.7}), ("kl", {"kl_coef": 0.1}), ("entropy", {"entropy_coef": 0.05})):
+        norm = run(Objective(**(off | alone))).record.metrics[0]["train/grad_norm"]
+        assert measured.record.metrics[0][f"train/grad_norm_{name}"] == pytest.approx(norm, rel=1e-5)
+        assert norm > 1e-3
+    assert_weights_equal(weights(measured.module), weights(run(together).module))  # measuring leaves no trace
+    assert measured.record.metrics[0]["rollout/effective_samples"] == 8
+
+
+def test_norms_are_measured_when_due_and_only_of_terms_that_are_on(tiny_model: Path, tmp_path: Path):
+    found: list[set[str]] = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            found.append({key for key in trainer.callback_metrics if key.startswith("train/grad_norm_")})
+            trainer.callback_metrics.clear()
+
+    objective = Objective(kl_coef=0.0, entropy_coef=0.1)
+    silent_run(tiny_model, tmp_path, objective, Look(), steps=1)
+    assert found == [set()]
+    with pytest.raises(ConfigError, match="term_norms_every is -1"):
+        fit(tiny_model, tmp_path, rollouts=crafted(), term_norms_every=-1)
+    fit(tiny_model, tmp_path, Look(), rollouts=crafted(), objective=objective, term_norms_every=2, steps=1, mismatch_limit=1e9)
+    assert found[1:] == [{"train/grad_norm_surrogate", "train/grad_norm_entropy"}]
+
+
 def test_the_entropy_term_acts_without_advantages(tiny_model: Path, tmp_path: Path):
     up = silent_run(tiny_model, tmp_path, Objective(kl_coef=0.0, entropy_coef=0.1), steps=5)
     down = silent_run(tiny_model, tmp_path, Objective(kl_coef=0.0, entropy_coef=-0.1), steps=5)
