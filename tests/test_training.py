@@ -23,6 +23,7 @@ from rlvr_lightning.callbacks.rollout import RolloutCallback
 from rlvr_lightning.data import ProblemDataModule, ProblemLoader, SingleExampleDataModule, SubsetDataModule
 from rlvr_lightning.engines import Sampling, WeightSource
 from rlvr_lightning.engines.hf import HFEngine
+from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.losses import LossTerms, Objective
 from rlvr_lightning.models import bf16_speedup
 from rlvr_lightning.module import RLVRModule
