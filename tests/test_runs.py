@@ -127,17 +127,27 @@ def test_a_second_interrupt_ends_a_run_at_once(tiny_model: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_multirun_trains_every_combination_from_the_same_files(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_multirun_trains_every_combination_and_ends_with_a_table(tiny_model: Path, tmp_path: Path) -> None:
     process = start(
-        "sweep", "-m", "experiment=quickstart", "rollout=hf", "model.objective.entropy_coef=0,0.001", "trainer.max_steps=1",
-        "evaluate_first=false", f"model.policy.model={tiny_model}", "rollout.sampling.max_tokens=8",
+        "sweep", "-m", "experiment=quickstart", "rollout=hf", "model.objective.entropy_coef=0,0.001,.nan",
+        "trainer.max_steps=1", "evaluate_first=false", "seed_everything=0,1",
+        f"model.policy.model={tiny_model}", "rollout.sampling.max_tokens=8",
         "trainer.val_check_interval=100",
         cwd=tmp_path,
     )  # fmt: skip
     output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output[-3000:]
+    assert process.returncode == 1, output[-3000:]  # two jobs of the six fail, and the others are not lost
     [sweep] = (tmp_path / "runs" / "sweep").iterdir()
-    for number, coefficient in enumerate((0, 0.001)):
+    head, *rows = output[output.index("setting") :].splitlines()
+    assert head.split() == ["setting", "jobs", "rollout/reward", "train/entropy"]
+    assert [row.split()[:2] for row in rows[:3]] == [
+        ["entropy_coef=0", "2"], ["entropy_coef=0.001", "2"], ["entropy_coef=.nan", "0/2"]
+    ]  # fmt: skip
+    assert [f"job {number} failed with exit status 2" in output for number in range(6)] == [False] * 4 + [True] * 2
+    assert "objective.entropy_coef is nan" in output
+    assert (sweep / "figure.png").stat().st_size > 10_000
+    assert [row["failed"] for row in json.loads((sweep / "table.json").read_text())] == [[], [], [4, 5]]
+    for number, coefficient in ((0, 0), (3, 0.001)):
         folder = sweep / str(number)
         assert f"runs/sweep/{sweep.name}/{number}" in output
         assert f"entropy_coef: {coefficient}" in (folder / "run.yaml").read_text()

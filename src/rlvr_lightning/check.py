@@ -26,8 +26,8 @@ def main(args: list[str]) -> int:
     for key, what in (("question", "statement"), ("answer", "ground truth; KEY|last_box, KEY|after_hashes: of a solution")):
         parser.add_argument(f"--{key}", metavar="KEY", action="append", default=[], help=f"column of the {what}")
     options = parser.parse_args(args[1:])
-    columns = {"question": tuple(options.question), "answer": tuple(options.answer)}
-    pool = read_pool([TrainSource(file=file, **columns) for file in options.files], skip_bad_rows=True)
+    question, answer = tuple(options.question), tuple(options.answer)
+    pool = read_pool([TrainSource(file=f, question=question, answer=answer) for f in options.files], skip_bad_rows=True)
     print(f"{len(pool.problems)} problems; question of {_range([len(p.question) for p in pool.problems])} characters")
     for note in pool.notes:
         print(note)

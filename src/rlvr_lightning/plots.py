@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
@@ -81,4 +82,38 @@ def plot_history(history: Mapping[str, Sequence[float]], file: Path, *, scores: 
     else:
         heat.set_ylabel("rank")
     figure.colorbar(image, ax=bars, label="accuracy")
+    figure.savefig(file, dpi=150)
+
+
+def plot_settings(curves: Mapping[str, Sequence[Mapping[str, Sequence[tuple[int, float]]]]], file: Path) -> None:
+    """Draw each evaluation set's accuracy, the training reward and the entropy over the steps, one line per setting, as a PNG.
+
+    Args:
+        curves: setting -> its runs, each as `read_curves` returns it; the line is the mean, the band from the lowest run to
+            the highest.
+        file: the PNG to write.
+    """
+    from matplotlib.figure import Figure
+
+    runs = [run for found in curves.values() for run in found]
+    sets = sorted({key for run in runs for key in run if key.startswith("val/") and key.endswith("/accuracy")})
+    panels = [*(key for key in sets if key.count("/") == 2), "rollout/reward", "train/entropy"]
+    figure = Figure(figsize=(3.2 * len(panels), 3.2), layout="constrained")
+    for axes, key in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for setting, found in curves.items():
+            values: dict[int, list[float]] = {}
+            for run in found:
+                for step, value in run.get(key, []):
+                    values.setdefault(step, []).append(value)
+            steps = sorted(values)
+            if not steps:
+                continue
+            [line] = axes.plot(steps, [fmean(values[step]) for step in steps], label=setting, lw=1.2)
+            low, high = ([pick(values[step]) for step in steps] for pick in (min, max))
+            axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color(), lw=0)
+        axes.set(title=key.removeprefix("val/").removesuffix("/accuracy"), xlabel="step")
+        if key != "train/entropy":
+            axes.set(ylim=(-0.02, 1.02))
+    if curves:
+        figure.axes[0].legend(frameon=False, fontsize="small")
     figure.savefig(file, dpi=150)
