@@ -19,12 +19,12 @@ LAYERS = [
     "grading.paper_text grading.paper_normal grading.paper_expr grading.paper_train grading.paper_eval "
     "grading.paper_eval_keep_units",
     "grading grading.worker",
-    "verify prompts advantages losses logprobs prefix_tree batching models jsonl metrics strategies optimizer "
+    "verify prompts advantages schedule losses logprobs prefix_tree batching models jsonl metrics strategies optimizer "
     "engines engines.hf engines.vllm grade",
-    "evaluation evaluation.reading evaluation.synthetic evaluation.suite evaluation.statistics evaluation.results "
-    "evaluation.likelihood evaluation.paper evaluation.table evaluation.compare "
+    "evaluation evaluation.module evaluation.reading evaluation.synthetic evaluation.suite evaluation.statistics "
+    "evaluation.results evaluation.likelihood evaluation.paper evaluation.table evaluation.compare "
     "sources ranking perturb selection check",
-    "policy data rollout loggers plots rank saturation",
+    "policy data rollout loggers plots rank saturation sweep_report",
     "module",
     "callbacks callbacks.rollout callbacks.evaluation callbacks.history callbacks.transcripts callbacks.checkpoint "
     "callbacks.export callbacks.progress callbacks.saturation",

@@ -32,6 +32,7 @@ from rlvr_lightning.policy import LoRA, PolicyConfig
 from rlvr_lightning.prompts import PromptTemplate
 from rlvr_lightning.records import Completion, Problem, ProblemBatch, Rollout, Score
 from rlvr_lightning.rollout import Collector
+from rlvr_lightning.schedule import Schedule
 
 EOS = PAD = 0
 OFF = Objective(policy_coef=1.0, kl_coef=0.0, entropy_coef=0.0)
@@ -320,6 +321,76 @@ def test_with_advantages_and_without_coefficients_the_weights_move(tiny_model: P
     start = start_weights(tiny_model)
     assert all(not torch.equal(w, start[n]) for n, w in weights(run.module).items())
     assert run.record.metrics[0]["rollout/zero_advantage_fraction"] == 0.0
+
+
+def weights_after(model: Path, root: Path, **settings: Any) -> dict[str, Tensor]:
+    limits = {"mismatch_limit": float("inf"), "max_grad_norm": float("inf")}
+    return weights(fit(model, root, MoveAtStart(), rollouts=crafted(), **limits, **settings).module)
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence", "micro_batch"])
+def test_only_the_papers_reduction_depends_on_the_micro_batch_cut(tiny_model: Path, tmp_path: Path, reduction: Any):
+    objective = Objective(kl_coef=0.1, entropy_coef=0.05, reduction=reduction)
+    whole, cut = (
+        weights_after(tiny_model, tmp_path, objective=objective, tokens_per_micro_batch=budget, share_prefixes=False)
+        for budget in (1_000_000, 40)
+    )
+    gap = max(float((w - cut[n]).abs().max()) for n, w in whole.items())
+    assert (gap > 1e-4) == (reduction == "micro_batch"), gap
+
+
+def test_a_schedule_is_the_number_of_its_step(tiny_model: Path, tmp_path: Path):
+    falling = Objective(kl_coef=0.0, entropy_coef=Schedule(start=0.1, end=0.0, steps=1))
+    first = weights_after(tiny_model, tmp_path, objective=falling)
+    assert_weights_equal(first, weights_after(tiny_model, tmp_path, objective=Objective(kl_coef=0.0, entropy_coef=0.1)))
+    run = silent_run(tiny_model, tmp_path, falling, steps=3)  # from the second step on, nothing moves
+    assert [float(sum(g.abs().sum() for g in gradients.values())) > 0 for gradients in run.record.gradients] == [
+        True,
+        False,
+        False,
+    ]
+
+
+def test_a_kl_in_the_reward_is_a_reward_that_is_lower_by_it(tiny_model: Path, tmp_path: Path):
+    objective = Objective(kl_coef=0.5, entropy_coef=0.0, kl_in="reward", kl_estimator="k1")
+    run = fit(tiny_model, tmp_path, MoveAtStart(), rollouts=crafted(), objective=objective, mismatch_limit=1e9)
+    assert run.record.metrics[0]["time/old_s"] > 0  # one update, and still it needs the policy's own log-probs
+    policy, reference = (AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32) for _ in range(2))
+    move(policy)
+    rewards = []
+    for row in crafted():
+        ids, start = torch.tensor([row.prompt_ids + row.completion.token_ids]), len(row.prompt_ids)
+        with torch.no_grad():
+            now, ref = ((lm(ids).logits[0] / 0.6).log_softmax(-1) for lm in (policy, reference))
+        gap = sum(float(now[t - 1, ids[0, t]] - ref[t - 1, ids[0, t]]) for t in range(start, ids.shape[1]))
+        rewards.append(row.score.reward - 0.5 * gap)
+    lowered = [
+        rollout(r.problem, r.prompt_ids, r.completion.token_ids, reward) for r, reward in zip(crafted(), rewards, strict=True)
+    ]
+    plain = Objective(kl_coef=0.0, entropy_coef=0.0)
+    expected = fit(tiny_model, tmp_path, MoveAtStart(), rollouts=lowered, objective=plain, mismatch_limit=1e9)
+    found, wanted = weights(run.module), weights(expected.module)
+    assert max(float((found[n] - w).abs().max()) for n, w in wanted.items()) < 2e-5
+    without = weights_after(tiny_model, tmp_path, objective=plain)
+    assert max(float((found[n] - w).abs().max()) for n, w in without.items()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("policy_loss", "gspo"), ("policy_loss", "cispo"), ("dual_clip", 1.5), ("importance_cap", 0.9)]
+)
+def test_every_switch_of_the_policy_loss_reaches_training(tiny_model: Path, tmp_path: Path, field: str, value: Any):
+    """With several updates the ratio is not 1, so that each of them acts."""
+    narrow: dict[str, Any] = {"kl_coef": 0.0, "entropy_coef": 0.0, "clip_low": 0.01, "clip_high": 0.01}
+    changed, usual = (
+        weights_after(tiny_model, tmp_path, objective=Objective(**(narrow | extra)), updates_per_step=4, steps=4)
+        for extra in ({field: value}, {})
+    )
+    assert any(not torch.equal(w, usual[n]) for n, w in changed.items())
+
+
+def test_k_of_pass_at_k_is_a_setting(tiny_model: Path, tmp_path: Path):
+    two, four = (weights_after(tiny_model, tmp_path, advantage="pass_at_k", pass_k=k) for k in (2, 4))
+    assert any(not torch.equal(w, four[n]) for n, w in two.items())
 
 
 def test_the_norm_of_each_term_is_that_of_a_run_with_this_term_alone(tiny_model: Path, tmp_path: Path):

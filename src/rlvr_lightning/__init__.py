@@ -14,6 +14,7 @@ _EXPORTS = {
     "Verifier": "verify",
     "PromptTemplate": "prompts",
     "Objective": "losses",
+    "Schedule": "schedule",
     "PolicyConfig": "policy",
     "RLVRModule": "module",
     "SingleExampleDataModule": "data",

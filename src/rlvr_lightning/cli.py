@@ -36,6 +36,7 @@ from rlvr_lightning.optimizer import AdamW
 from rlvr_lightning.perturb import Perturbation
 from rlvr_lightning.policy import LoRA, PolicyConfig
 from rlvr_lightning.prompts import PromptTemplate
+from rlvr_lightning.schedule import Schedule
 from rlvr_lightning.sources import TrainSource
 from rlvr_lightning.startup import limit_threads
 from rlvr_lightning.verify import Verifier
@@ -238,7 +239,7 @@ def _explain(message: str) -> str:
 
 def _key_names() -> list[str]:
     """Return the last part of every key: the parameters of all classes that a configuration may name, and the top level."""
-    classes = [Trainer, RLVRModule, PolicyConfig, LoRA, Objective, AdamW, Sampling, PromptTemplate, Verifier]
+    classes = [Trainer, RLVRModule, PolicyConfig, LoRA, Objective, Schedule, AdamW, Sampling, PromptTemplate, Verifier]
     classes += [
         ProblemDataModule,
         SingleExampleDataModule,

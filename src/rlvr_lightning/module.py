@@ -6,37 +6,39 @@ tokens. The module never sees an engine: the rollout callback has attached rollo
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torchmetrics import MetricCollection
 
-from rlvr_lightning.advantages import ADVANTAGES
+from rlvr_lightning.advantages import ADVANTAGES, Advantage, pass_at_k
 from rlvr_lightning.batching import Plan, RolloutBatch, plan_micro_batches, split_evenly
 from rlvr_lightning.errors import ConfigError
-from rlvr_lightning.losses import LossTerms, Objective
-from rlvr_lightning.metrics import REFLECTION_WORDS, evaluation_metrics
+from rlvr_lightning.evaluation.module import EvaluationModule
+from rlvr_lightning.losses import LossTerms, Objective, kl_penalty, token_weights
+from rlvr_lightning.metrics import REFLECTION_WORDS
 from rlvr_lightning.models import bf16_speedup
 from rlvr_lightning.optimizer import AdamW
 from rlvr_lightning.policy import Policy, PolicyConfig, PolicyWeights, TokenStats
 from rlvr_lightning.records import ProblemBatch
 
 
-class RLVRModule(LightningModule):
+class RLVRModule(EvaluationModule):
     """Policy-gradient training of a causal LM on verifiable rewards.
 
     Args:
         policy: which model to train.
         objective: the loss per token.
-        advantage: how a group's rewards become advantages.
+        advantage: how rewards become advantages.
+        pass_k: k of ``pass_at_k``; at most the rollouts of a group.
         optimizer: AdamW on fp32 master weights.
         updates_per_step: optimizer updates on one batch of rollouts; 1 is exactly on-policy (the paper's code).
         tokens_per_micro_batch: padded tokens that one forward and backward pass may hold.
@@ -55,7 +57,8 @@ class RLVRModule(LightningModule):
         *,
         policy: PolicyConfig,
         objective: Objective = Objective(),  # noqa: B008 - frozen
-        advantage: Literal["group_norm", "group_center", "leave_one_out"] = "group_norm",
+        advantage: Advantage = "group_norm",
+        pass_k: int = 4,
         optimizer: AdamW = AdamW(),  # noqa: B008 - frozen
         updates_per_step: int = 1,
         tokens_per_micro_batch: int = 16384,
@@ -64,7 +67,7 @@ class RLVRModule(LightningModule):
         mismatch_limit: float = 0.1,
         reflection_words: Sequence[str] = REFLECTION_WORDS,
     ) -> None:
-        super().__init__()
+        super().__init__(reflection_words)
         for key, value in (("updates_per_step", updates_per_step), ("tokens_per_micro_batch", tokens_per_micro_batch)):
             if value < 1:
                 raise ConfigError(f"model.{key} is {value}: set it to 1 or more")
@@ -77,15 +80,15 @@ class RLVRModule(LightningModule):
         self.policy_config = policy
         self.objective = objective
         self.advantage = advantage
+        self.pass_k = pass_k
         self.optimizer_config = optimizer
         self.updates_per_step = updates_per_step
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.max_grad_norm = max_grad_norm
         self.term_norms_every = term_norms_every
         self.mismatch_limit = mismatch_limit
-        self.reflection_words = tuple(reflection_words)
+        self._objective = objective  # of the current step: numbers in place of schedules
         self._reference: tuple[Policy, ...] = ()  # in a tuple: not a submodule, so never saved and never optimized
-        self._evaluators: dict[str, MetricCollection] = {}
         self._seconds: dict[str, float] = defaultdict(float)
         self._loaded_version = 0
 
@@ -113,7 +116,18 @@ class RLVRModule(LightningModule):
     @property
     def uses_reference(self) -> bool:
         """Whether a reference pass is needed; a coefficient of 0 switches it off."""
-        return self.objective.kl_coef != 0
+        return self.objective.uses_kl
+
+    @property
+    def uses_old(self) -> bool:
+        """Whether a pass for old log-probs is needed: with one update the policy is its own old policy, and the ratio 1."""
+        return self.updates_per_step > 1 or (self.objective.kl_in == "reward" and self.uses_reference)
+
+    def advantages(self, rewards: Tensor) -> Tensor:
+        """Return the advantages of rewards (P, G), in the same shape."""
+        if self.advantage == "pass_at_k":
+            return pass_at_k(rewards, k=self.pass_k)
+        return ADVANTAGES[self.advantage](rewards)
 
     # --- Lightning's set-up --------------------------------------------------------------------------------------------
 
@@ -175,16 +189,17 @@ class RLVRModule(LightningModule):
         """Advantages, reference and old log-probs, then ``updates_per_step`` updates over the batch's rollouts."""
         assert batch.rollouts is not None, "no rollouts attached: add RolloutCallback to the trainer"
         self._seconds.clear()
-        advantages = ADVANTAGES[self.advantage](self._rewards(batch))  # (P, G)
+        self._objective = self.objective.at(self.steps_done)
         data = RolloutBatch.from_rollouts(batch.rollouts).to(self.device)  # (B, S)
-        mine = advantages.flatten()[list(batch.indices)] if batch.rollouts else torch.zeros(1, device=self.device)
-        data = replace(data, advantages=mine)  # (B,)
         if self.uses_reference:
             with self._timed("reference"):
                 data = replace(data, reference_logprobs=self._reference_logprobs(data))
-        if self.updates_per_step > 1:  # with one update the policy is its own old policy, and the ratio is exactly 1
+        if self.uses_old:
             with self._timed("old"):
                 data = replace(data, old_logprobs=self.score(data))
+        advantages = self.advantages(self._rewards(batch, data))  # (P, G)
+        mine = advantages.flatten()[list(batch.indices)] if batch.rollouts else torch.zeros(1, device=self.device)
+        data = replace(data, advantages=mine)  # (B,)
         with self._timed("update"):
             for index, minibatch in enumerate(split_evenly(advantages.numel(), self.updates_per_step)):
                 rows = [row for row, number in enumerate(batch.indices) if number in minibatch]
@@ -196,37 +211,46 @@ class RLVRModule(LightningModule):
         self.log_dict({f"time/{part}_s": seconds for part, seconds in self._seconds.items()}, batch_size=len(data))
         self.log("step", float(self.steps_done))  # Lightning takes the x-axis from here
 
-    def _rewards(self, batch: ProblemBatch) -> Tensor:
-        """Return the rewards of all ranks, (P, G)."""
-        rewards = torch.zeros(len(batch.problems), batch.group_size)
-        for place, rollout in zip(batch.places, batch.rollouts or (), strict=True):
-            rewards[place] = rollout.score.reward
-        return self._sum(rewards.to(self.device))
+    def _rewards(self, batch: ProblemBatch, data: RolloutBatch) -> Tensor:
+        """Return the rewards of all ranks, (P, G), less the KL penalty if it is in the reward."""
+        mine = torch.tensor([r.score.reward for r in batch.rollouts or ()], device=self.device)  # (B,)
+        objective = self._objective
+        if objective.kl_in == "reward" and self.uses_reference and batch.rollouts:
+            assert data.old_logprobs is not None
+            assert data.reference_logprobs is not None
+            kl = kl_penalty(data.old_logprobs, data.reference_logprobs, data.completion_mask, objective.kl_estimator)
+            mine = mine - objective.kl_coef * kl
+        rewards = torch.zeros(len(batch.problems) * batch.group_size, device=self.device)
+        rewards[list(batch.indices)] = mine
+        return self._sum(rewards).view(len(batch.problems), batch.group_size)
 
     def _update(self, minibatch: RolloutBatch, *, first: bool) -> dict[str, Tensor | float]:
         """Take one optimizer step on a mini-batch; return what to log.
 
-        The gradient is that of the mean over all completion tokens of the mini-batch on all ranks, however they are cut:
-        every micro-batch adds its sum, divided by the global token count that is known beforehand.
+        The gradient is that of the mean over all completion tokens of the mini-batch on all ranks, however they are cut: every
+        micro-batch adds its tokens with weights that follow from global counts, which are known beforehand.
         """
         assert minibatch.advantages is not None
         optimizer = self.optimizers(use_pl_optimizer=True)
         assert not isinstance(optimizer, list)
         optimizer.zero_grad()
-        num_tokens = self._sum(minibatch.completion_mask.sum())
+        mask = minibatch.completion_mask
+        num_tokens, num_rows = self._sum(torch.stack([mask.sum(), mask.any(dim=1).sum()])).unbind()
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         worst = torch.zeros((), device=self.device)
         plan = self._plan(minibatch)
-        # FSDP averages gradients over ranks; the factor makes the result that of one device.
-        scale = self.trainer.world_size / num_tokens
-        norms = self._term_norms(minibatch, plan, scale) if first and self._term_norms_are_due() else {}
+        reduction = partial(token_weights, reduction=self._objective.reduction, num_tokens=num_tokens, num_rows=num_rows)
+        norms = self._term_norms(minibatch, plan, reduction) if first and self._term_norms_are_due() else {}
+        loss = torch.zeros((), device=self.device)
         for micro, stats, terms in self._losses(minibatch, plan):
             mask = micro.completion_mask
-            self.manual_backward((terms.total * mask).sum() * scale)
+            weights = reduction(mask)
+            # FSDP averages gradients over ranks; the factor makes the result that of one device.
+            self.manual_backward((terms.total * weights).sum() * self.trainer.world_size)
             with torch.no_grad():
+                loss += (terms.total * weights).sum()
                 gap = torch.where(mask, stats.logprobs - micro.sampler_logprobs, 0.0)
                 for name, value in (
-                    ("train/loss", terms.total),
                     ("train/policy_loss", terms.surrogate),
                     ("train/kl", terms.kl),
                     ("train/entropy", terms.entropy),
@@ -239,7 +263,7 @@ class RLVRModule(LightningModule):
                 worst = torch.maximum(worst, gap.abs().max())
         names = list(sums)
         means = self._sum(torch.stack([sums[n] for n in names])) / num_tokens
-        metrics: dict[str, Tensor | float] = norms | dict(zip(names, means, strict=True))
+        metrics: dict[str, Tensor | float] = norms | {"train/loss": self._sum(loss)} | dict(zip(names, means, strict=True))
         if first:
             if self.trainer.world_size > 1:
                 torch.distributed.all_reduce(worst, op=torch.distributed.ReduceOp.MAX)
@@ -263,28 +287,34 @@ class RLVRModule(LightningModule):
         for rows in plan.cuts:
             micro = minibatch.rows(rows) if rows else minibatch.rows([0]).without_completions()
             stats = self.policy(micro, as_tree=plan.as_tree)
+            old = micro.old_logprobs if self.updates_per_step > 1 else None
             assert micro.advantages is not None
             yield (
                 micro,
                 stats,
-                self.objective(
+                self._objective(
                     logprobs=stats.logprobs,
                     entropy=stats.entropy,
-                    old_logprobs=stats.logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs,
+                    old_logprobs=stats.logprobs.detach() if old is None else old,
                     reference_logprobs=micro.reference_logprobs,
                     advantages=micro.advantages,
+                    sampler_logprobs=micro.sampler_logprobs,
+                    mask=micro.completion_mask,
                 ),
             )
 
     def _term_norms_are_due(self) -> bool:
         return self.term_norms_every > 0 and self.steps_done % self.term_norms_every == 0
 
-    def _term_norms(self, minibatch: RolloutBatch, plan: Plan, scale: Tensor) -> dict[str, Tensor | float]:
+    def _term_norms(
+        self, minibatch: RolloutBatch, plan: Plan, reduction: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor | float]:
         """Return the norm of the gradient of each term of the loss by itself, its coefficient included; leaves no gradient."""
         norms: dict[str, Tensor | float] = {}
-        for name, factor in self.objective.coefficients.items():
+        for name, factor in self._objective.coefficients.items():
             for micro, _, terms in self._losses(minibatch, plan):
-                self.manual_backward((getattr(terms, name) * micro.completion_mask).sum() * (factor * scale))
+                weights = factor * self.trainer.world_size * reduction(micro.completion_mask)
+                self.manual_backward((getattr(terms, name) * weights).sum())
             norms[f"train/grad_norm_{name}"] = self._clip(float("inf"))
             self.policy.zero_grad()
         return norms
@@ -353,42 +383,7 @@ class RLVRModule(LightningModule):
             torch.cuda.synchronize()
         self._seconds[part] += time.perf_counter() - started
 
-    # --- evaluation ----------------------------------------------------------------------------------------------------
-
-    def _evaluate(self, batch: ProblemBatch) -> None:
-        assert batch.rollouts is not None, "no rollouts attached: add RolloutCallback to the trainer"
-        if batch.name not in self._evaluators:
-            self._evaluators[batch.name] = evaluation_metrics(
-                batch.group_size, subjects=batch.subjects, reflection_words=self.reflection_words
-            ).to(self.device)
-        self._evaluators[batch.name].update(batch.rollouts)
-
-    def _log_evaluators(self, stage: str) -> None:
-        for name, metrics in self._evaluators.items():
-            self.log_dict({f"{stage}/{name}/{k}": v.float() for k, v in metrics.compute().items()})
-        self.log("step", float(self.steps_done))
-        self._evaluators.clear()
-
-    def validation_step(self, batch: ProblemBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Count this batch's rollouts towards its evaluation set."""
-        self._evaluate(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log ``val/<set>/<metric>`` for every evaluation set."""
-        self._log_evaluators("val")
-
-    def test_step(self, batch: ProblemBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Count this batch's rollouts towards its evaluation set."""
-        self._evaluate(batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Log ``test/<set>/<metric>`` for every evaluation set."""
-        self._log_evaluators("test")
-
-    def predict_step(self, batch: ProblemBatch, batch_idx: int, dataloader_idx: int = 0) -> ProblemBatch:
-        """Return the batch with its rollouts."""
-        assert batch.rollouts is not None, "no rollouts attached: add RolloutCallback to the trainer"
-        return batch
+    # --- checkpoints ---------------------------------------------------------------------------------------------------
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember how many updates the loaded weights have seen: evaluation alone does not restore the trainer's count."""

@@ -102,11 +102,14 @@ class RolloutCallback(Callback):
                 f"rollout.sampling.top_p is {self.sampling.top_p}: the learner knows no cut, so the ratio would be biased; "
                 "set it to 1"
             )
-        if self.sampling.rollouts_per_problem == 1 and module.advantage != "group_norm":
+        group = self.sampling.rollouts_per_problem
+        if group == 1 and module.advantage not in ("group_norm", "global_norm"):
             raise ConfigError(
                 f"rollout.sampling.rollouts_per_problem is 1 and model.advantage is {module.advantage}: a group of one has "
                 "no baseline; set rollouts_per_problem to 2 or more, or take group_norm, whose advantage is then the reward"
             )
+        if module.advantage == "pass_at_k" and not 1 <= module.pass_k <= group:
+            raise ConfigError(f"model.pass_k is {module.pass_k} and a group has {group} rollouts: set it between 1 and those")
         if module.updates_per_step > groups * self.sampling.rollouts_per_problem:
             raise ConfigError(
                 f"model.updates_per_step is {module.updates_per_step} but a step has only "
@@ -164,7 +167,7 @@ class RolloutCallback(Callback):
         rollouts = groups * group
         skipped = {
             "reference pass (kl_coef is 0)": not pl_module.uses_reference,
-            "old-log-prob pass (one update per step: exactly on-policy)": updates == 1,
+            "old-log-prob pass (one update per step: exactly on-policy)": not pl_module.uses_old,
             "what rollouts have in common, the prompt above all (computed once)": pl_module.policy.share is not False,
         }
         print(
