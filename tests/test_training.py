@@ -323,6 +323,16 @@ def test_with_advantages_and_without_coefficients_the_weights_move(tiny_model: P
     assert run.record.metrics[0]["rollout/zero_advantage_fraction"] == 0.0
 
 
+def test_learning_rate_by_update():
+    def rates(**settings: Any) -> list[float]:
+        return [AdamW(lr=1.0, **settings).lr_at(updates) for updates in range(6)]
+
+    assert rates() == [1.0] * 6
+    assert rates(warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert rates(warmup_steps=4, start_at_zero=True) == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates(start_at_zero=True) == [0.0, 1.0, 1.0, 1.0, 1.0, 1.0]  # the paper's code
+
+
 def weights_after(model: Path, root: Path, **settings: Any) -> dict[str, Tensor]:
     limits = {"mismatch_limit": float("inf"), "max_grad_norm": float("inf")}
     return weights(fit(model, root, MoveAtStart(), rollouts=crafted(), **limits, **settings).module)

@@ -23,6 +23,8 @@ class AdamW:
     """Decoupled weight decay on every trained weight."""
     warmup_steps: int = 0
     """Updates over which the learning rate rises linearly from lr / warmup_steps to lr."""
+    start_at_zero: bool = False
+    """Begin the rise at 0, so that the first update moves nothing, as in the paper's code; only its moments count later."""
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -40,4 +42,4 @@ class AdamW:
 
     def lr_at(self, updates: int) -> float:
         """Return the learning rate of the next update, after so many."""
-        return self.lr * min(1.0, (updates + 1) / max(self.warmup_steps, 1))
+        return self.lr * min(1.0, (updates + (not self.start_at_zero)) / max(self.warmup_steps, 1))
