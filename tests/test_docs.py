@@ -323,8 +323,9 @@ def test_relative_links_lead_somewhere(document: Path) -> None:
                 assert anchor in {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings}, link
 
 
-def test_what_data_flow_points_at_exists() -> None:
-    text = (ROOT / "docs" / "data-flow.md").read_text()
+@pytest.mark.parametrize("page", ["data-flow.md", "math.md"])
+def test_what_a_page_points_at_exists(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text()
     places = re.findall(r"`([\w/]+\.py):([\w.]+)`", text)
     assert places
     for file, name in places:
