@@ -366,7 +366,7 @@ def test_sources_with_columns_prefix_generator_and_weight(tmp_path: Path) -> Non
         ([easy, {"file": hard, "weight": 2}], "some have a weight and some have none"),
         ([{"file": easy, "weight": 0}], r"data\.sources\[0\]: weight is 0"),
         ([easy, {"file": easy, "wieght": 1}], r"data\.sources\[1\] has no field wieght"),
-        ([{"file": easy, "hub": "a/b"}], "file and hub is given"),
+        ([{"file": easy, "hub": "a/b"}], "this one has file and hub"),
         ([{"file": easy, "count": "many"}], r"data\.sources\[0\] is no source: .*count"),
     ):
         with pytest.raises(ConfigError, match=message):
