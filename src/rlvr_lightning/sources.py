@@ -46,7 +46,8 @@ class Source:
         given = [key for key in ("file", "generator", "hub") if getattr(self, key)]
         if len(given) != 1:
             raise ConfigError(
-                f"a set of problems comes from one of file, generator, hub; this one has {' and '.join(given) or 'none'}: give one"
+                "a set of problems comes from one of file, generator, hub; this one has "
+                f"{' and '.join(given) or 'none'}: give one"
             )
         if self.count < 1:
             raise ConfigError(f"count is {self.count}: set it to 1 or more")

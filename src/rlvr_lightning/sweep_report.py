@@ -108,7 +108,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     head = ["setting", "jobs", *(key.removeprefix("val/").removesuffix("/accuracy") for key in keys)]
     body = [[row["setting"], _jobs(row), *(_cell(row["last"].get(key)) for key in keys)] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *body])
+    padded = (zip(line, widths, strict=True) for line in [head, *body])
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in line).rstrip() for line in padded)
 
 
 def report(folder: Path) -> str:

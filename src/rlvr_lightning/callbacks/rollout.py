@@ -149,7 +149,7 @@ class RolloutCallback(Callback):
                 lengths.append((len(template(p, tokenizer)), longest, p))
         over = [f"{p.source or p.id}: {n} + {most} tokens" for n, most, p in lengths if limit and n + most > limit]
         if over:
-            shown = "\n  ".join(over[:5] + ([f"... and {len(over) - 5} more"] if len(over) > 5 else []))
+            shown = "\n  ".join(over[:50] + ([f"... and {len(over) - 50} more"] if len(over) > 50 else []))
             raise ConfigError(
                 f"prompt + max_tokens exceed the model's window of {limit} tokens:\n  {shown}\nlower "
                 "rollout.sampling.max_tokens (or eval_sampling.max_tokens), remove these problems, or choose a model with a "
