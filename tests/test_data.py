@@ -334,6 +334,15 @@ def test_every_bad_row_of_every_source_is_in_one_report(tmp_path: Path) -> None:
     assert len(told) < 4000
 
 
+def test_a_source_that_is_not_there_is_never_skipped(tmp_path: Path) -> None:
+    good = write_jsonl(tmp_path / "p.jsonl", [*rows(2), {"id": "bad", "question": "1+1?"}])
+    with pytest.raises(ConfigError, match=r"absent\.jsonl' does not exist"):
+        SubsetDataModule(sources=[good, str(tmp_path / "absent.jsonl")], skip_bad_rows=True).setup("fit")
+    data = SubsetDataModule(sources=[good], skip_bad_rows=True)
+    data.setup("fit")
+    assert [p.id for p in data.train_problems] == ["p0", "p1"]
+
+
 def test_a_folder_is_read_file_by_file_and_numbered_rows_keep_apart(tmp_path: Path) -> None:
     for name in ("b", "a"):
         write_jsonl(tmp_path / f"{name}.jsonl", [{"question": f"{name} {i}?", "answer": "1"} for i in range(2)])

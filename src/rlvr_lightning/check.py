@@ -1,17 +1,10 @@
 """``rlvr problems``: what training on data files would find in them, without training."""
 
-import argparse
 from pathlib import Path
-from typing import NoReturn
 
-from rlvr_lightning.errors import ConfigError
+from rlvr_lightning.errors import CommandParser
 from rlvr_lightning.jsonl import write_lines
 from rlvr_lightning.sources import TrainSource, read_pool
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"rlvr problems: {message}")
 
 
 def main(args: list[str]) -> int:
@@ -20,7 +13,7 @@ def main(args: list[str]) -> int:
     Returns:
         0, or 2 if there are bad rows.
     """
-    parser = _Parser(prog="rlvr problems", description=__doc__)
+    parser = CommandParser(prog="rlvr problems", description=__doc__)
     parser.add_argument("files", metavar="FILE", nargs="+", help="jsonl or parquet files, folders of them, or builtin:NAME")
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the good problems, as one jsonl file to train on")
     for key, what in (("question", "statement"), ("answer", "ground truth; KEY|last_box, KEY|after_hashes: of a solution")):

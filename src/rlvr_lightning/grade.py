@@ -1,6 +1,5 @@
 """``rlvr grade``: verdicts on the responses of a file, with the graders that training and evaluation use."""
 
-import argparse
 import json
 import os
 import sys
@@ -8,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from rlvr_lightning.errors import ConfigError
+from rlvr_lightning.errors import CommandParser, ConfigError
 from rlvr_lightning.grading import GRADERS
 from rlvr_lightning.records import Completion, FinishReason, Problem
 from rlvr_lightning.verify import Verifier
@@ -20,14 +19,9 @@ _CHUNK = 1000
 Row = dict[str, Any]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"rlvr grade: {message}")
-
-
 def main(args: list[str]) -> int:
     """Grade ``FILE`` into ``--out``; return the exit status."""
-    parser = _Parser(prog="rlvr grade", description=__doc__)
+    parser = CommandParser(prog="rlvr grade", description=__doc__)
     parser.add_argument("file", type=Path, help="jsonl; every row has `response` and `ground_truth`")
     parser.add_argument("--grader", default="math", help=f"one of {', '.join(GRADERS)}, or the dotted path of a module")
     parser.add_argument(

@@ -1,14 +1,12 @@
 """``rlvr rank``: training problems ranked by how their accuracy changed over a run, to train on the best of them next."""
 
-import argparse
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
 
-from rlvr_lightning.errors import ConfigError
+from rlvr_lightning.errors import CommandParser, ConfigError
 from rlvr_lightning.evaluation.reading import read_problems
 from rlvr_lightning.jsonl import write_lines
 from rlvr_lightning.plots import plot_history
@@ -28,14 +26,9 @@ FEW_VISITS = 8
 _SHOWN = 5
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"rlvr rank: {message}")
-
-
 def main(args: list[str]) -> int:
     """Rank the problems of ``HISTORY`` into ``--out`` (the first word is ``rank``); return the exit status."""
-    parser = _Parser(prog="rlvr rank", description=__doc__)
+    parser = CommandParser(prog="rlvr rank", description=__doc__)
     parser.add_argument(
         "history", metavar="HISTORY", type=Path, help="run folder, its history.jsonl, or a .json file {id: [accuracy, ...]}"
     )

@@ -1,15 +1,17 @@
 """Where problems come from: a declaration of one source, and what a training set makes of several."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.evaluation.reading import BUILTIN, answer_under, bad_rows, data_files, read_problems, training_row
 from rlvr_lightning.evaluation.synthetic import generate
 from rlvr_lightning.records import Problem
+
+_S = TypeVar("_S", bound="Source")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,19 +157,21 @@ def read_pool(sources: Sequence[TrainSource], folder: str | None = None, *, skip
         skip_bad_rows: leave bad rows out, and tell, instead of raising.
 
     Raises:
-        ConfigError: listing every bad row of every source; a second problem of the same id is one.
+        ConfigError: listing every bad row of every source; a second problem of the same id is one. A source that cannot be
+            read at all is an error in any case.
     """
     if len({source.weight is None for source in sources}) > 1:
         raise ConfigError("data.sources: some have a weight and some have none: give it to all of them or to none")
     by_id: dict[str, Problem] = {}
     weights: dict[str, float] = defaultdict(float)
     faults: list[str] = []
+    unreadable: list[str] = []
     notes: list[str] = []
     for source in sources:
         try:
             rows, bad = source.read(folder)
         except ConfigError as error:
-            faults.append(str(error))
+            unreadable.append(str(error))
             continue
         faults += bad
         good: list[str] = []
@@ -182,8 +186,9 @@ def read_pool(sources: Sequence[TrainSource], folder: str | None = None, *, skip
         if copies := len(good) - len(set(good)):
             name = source.file or source.hub or source.generator
             notes.append(f"{name}: {copies} of {len(good)} rows are copies of other rows, {len(set(good))} problem(s)")
-    if faults and not (skip_bad_rows and by_id):
-        raise ConfigError(bad_rows(faults) + "\nor set data.skip_bad_rows to true to train without them")
+    if unreadable or (faults and not (skip_bad_rows and by_id)):
+        told = [bad_rows(faults) + "\nor set data.skip_bad_rows to true to train without them"] if faults else []
+        raise ConfigError("\n".join([*unreadable, *told]))
     notes += [f"left out: {fault}" for fault in faults]
     notes += _duplicates(by_id.values())
     return Pool(list(by_id.values()), dict(weights), notes)
@@ -196,19 +201,36 @@ def declared_source(value: str | Mapping[str, Any], key: str) -> TrainSource:
     known = [f.name for f in fields(TrainSource)]
     if unknown := set(value) - set(known):
         raise ConfigError(f"{key} has no field {', '.join(sorted(unknown))}: it may have {', '.join(known)}")
+    return build(TrainSource, value, key, "source")
+
+
+def build(kind: type[_S], values: Mapping[str, Any], key: str, what: str, base: _S | None = None) -> _S:
+    """Return an instance of a declaration's class from the fields that a configuration gives, as jsonargparse types them.
+
+    Args:
+        kind: the dataclass.
+        values: field -> value.
+        key: where it stands, for messages.
+        what: what it should be, for messages.
+        base: the fields that are not given are those of this one.
+
+    Raises:
+        ConfigError: naming the key and what is wrong with it.
+    """
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--source", type=TrainSource)
+    start: dict[str, Any] = {} if base is None else {"default": base}
+    parser.add_argument("--it", type=kind, **start)
     try:
-        return parser.instantiate(parser.parse_object({"source": dict(value)})).source
+        return parser.instantiate(parser.parse_object({"it": dict(values)})).it
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from error
     except Exception as error:  # jsonargparse raises several kinds, each with a sentence about the field
-        raise ConfigError(f"{key} is no source: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{key} is no {what}: {' '.join(str(error).split())}") from error
 
 
-def _duplicates(problems: Sequence[Problem] | Any) -> list[str]:
+def _duplicates(problems: Iterable[Problem]) -> list[str]:
     """Return a line for every question that stands under several ids."""
     same: dict[str, list[Problem]] = {}
     for problem in problems:

@@ -12,7 +12,7 @@ from rlvr_lightning.evaluation.reading import bad_rows
 from rlvr_lightning.evaluation.synthetic import OPERATIONS
 from rlvr_lightning.prompts import PromptTemplate
 from rlvr_lightning.records import Problem
-from rlvr_lightning.sources import Source
+from rlvr_lightning.sources import Source, build
 
 SUITE_PREFIX = "suite:"
 
@@ -183,18 +183,8 @@ def declared(name: str, value: str | Mapping[str, Any]) -> EvalSet:
             return suite_set(value.removeprefix(SUITE_PREFIX))
         except ConfigError as error:
             raise ConfigError(f"data.evals.{name}: {error}") from error
-    from jsonargparse import ArgumentParser
-
     fields = dict(value)
     base = fields.pop("base", None)
     if base is not None and not isinstance(base, str):
         raise ConfigError(f"data.evals.{name}.base is {base!r}: write a file, builtin:NAME or suite:NAME")
-    parser = ArgumentParser(exit_on_error=False)
-    start: dict[str, Any] = {} if base is None else {"default": declared(name, base)}
-    parser.add_argument("--set", type=EvalSet, **start)
-    try:
-        return parser.instantiate(parser.parse_object({"set": fields})).set
-    except ConfigError as error:
-        raise ConfigError(f"data.evals.{name}: {error}") from error
-    except Exception as error:  # jsonargparse raises several kinds, each with a sentence about the field
-        raise ConfigError(f"data.evals.{name} is no evaluation set: {' '.join(str(error).split())}") from error
+    return build(EvalSet, fields, f"data.evals.{name}", "evaluation set", None if base is None else declared(name, base))
