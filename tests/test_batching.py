@@ -56,7 +56,7 @@ def test_selected_rows_are_cut_to_their_longest_and_keep_every_array():
     rows = [rollout((7, 8), (5, 6, 4, EOS)), rollout((9,), (3, EOS)), rollout((9,), (2,))]
     whole = RolloutBatch.from_rollouts(rows)
     numbered = torch.arange(18.0).view(3, 6)
-    whole = replace(whole, advantages=torch.tensor([1.0, 2.0, 3.0]), old_logprobs=numbered, reference_logprobs=-numbered)
+    whole = replace(whole, advantages=2 * numbered, old_logprobs=numbered, reference_logprobs=-numbered)
     part = whole.rows([2, 1])
     expected = RolloutBatch.from_rollouts([rows[2], rows[1]])
     assert part.input_ids.tolist() == expected.input_ids.tolist() == [[9, 2, PAD], [9, 3, EOS]]
@@ -66,7 +66,7 @@ def test_selected_rows_are_cut_to_their_longest_and_keep_every_array():
     assert part.advantages is not None
     assert part.old_logprobs is not None
     assert part.reference_logprobs is not None
-    assert part.advantages.tolist() == [3.0, 2.0]
+    assert part.advantages.tolist() == [[24.0, 26.0, 28.0], [12.0, 14.0, 16.0]]
     assert part.old_logprobs.tolist() == [[12.0, 13.0, 14.0], [6.0, 7.0, 8.0]]
     assert part.reference_logprobs.tolist() == [[-12.0, -13.0, -14.0], [-6.0, -7.0, -8.0]]
     assert part.temperature == 0.6

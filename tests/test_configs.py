@@ -123,7 +123,8 @@ def test_the_entry_point_composes_and_parses_without_an_experiment(parse: Parse,
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
 def test_a_sweep_composes_and_every_value_of_it_parses(parse: Parse, file: Path, tmp_path: Path) -> None:
-    composed = compose("config", ["experiment=quickstart", f"+sweep={file.stem}"], return_hydra_config=True)
+    composed = compose("config", ["experiment=quickstart", f"sweep={file.stem}"], return_hydra_config=True)
+    assert composed.hydra.mode.name == "MULTIRUN"  # no -m is needed
     parameters = OmegaConf.to_container(composed.hydra.sweeper.params)
     assert parameters
     assert isinstance(parameters, dict)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ SRC = ROOT / "src" / "rlvr_lightning"
 README = (ROOT / "README.md").read_text()
 METRICS = (ROOT / "docs" / "metrics.md").read_text()
 DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
-KEY = re.compile(r"(?:train|rollout|mismatch|time|memory|val|test)/[\w@<>{}/]*[\w>}]")
+KEY = re.compile(r"(?:train|rollout|critic|mismatch|time|memory|val|test)/[\w@<>{}/]*[\w>}]")
 
 
 def table_names(text: str) -> list[str]:
@@ -114,24 +115,36 @@ def test_the_keys_of_a_real_run_are_the_documented_ones(tiny_model: Path, tmp_pa
     from rlvr_lightning.callbacks.history import HistoryCallback
     from rlvr_lightning.callbacks.saturation import SaturationCallback
     from rlvr_lightning.callbacks.transcripts import TranscriptCallback, read_transcripts
+    from rlvr_lightning.critic import CriticConfig
     from rlvr_lightning.jsonl import read_jsonl
     from rlvr_lightning.loggers import MetricsFileLogger
+    from rlvr_lightning.records import Score
+    from rlvr_lightning.verify import Verifier
 
-    # Two updates and a KL term: no key is left out.
+    class Parity(Verifier):
+        """Rewards that differ: by whether the number of tokens' ids is even."""
+
+        def __call__(self, pairs: Any, grader: str | None = None) -> list[Score]:
+            return [Score(float(c.token_ids[0] % 2), c.token_ids[0] % 2 == 1, "correct", None) for _, c in pairs]
+
+    # Two updates, a KL term and a critic: no key is left out.
     module = RLVRModule(
         policy=PolicyConfig(model=str(tiny_model)),
         objective=Objective(kl_coef=0.001),
+        advantage="gae",
+        critic=CriticConfig(),
         updates_per_step=2,
         term_norms_every=1,
         mismatch_limit=1e9,
     )
     (tmp_path / "sums.jsonl").write_text('{"question": "What is 1 + 1?", "answer": "2", "field": "sums"}\n')
     sums = {"file": str(tmp_path / "sums.jsonl"), "subject": "field", "rollouts_per_problem": 2, "temperature": 1.0}
-    data = SingleExampleDataModule(question="What is 3 + 4?", answer="7", problems_per_step=2, evals={"sums": sums})
+    data = SingleExampleDataModule(question="What is 3 + 4?", answer="7", problems_per_step=4, evals={"sums": sums})
     rollouts = RolloutCallback(
         engine=HFEngine(),
         sampling=Sampling(rollouts_per_problem=2, temperature=1.0, max_tokens=3),
         eval_sampling=Sampling(rollouts_per_problem=1, temperature=0.0, max_tokens=3),
+        verifier=Parity(),
     )
     trainer = L.Trainer(
         accelerator="cpu",
@@ -277,7 +290,7 @@ def test_the_install_commands_are_those_of_the_makefile() -> None:
 def test_the_objective_stands_in_the_source_as_in_the_readme() -> None:
     formula = next(b for b in blocks("python") if b.startswith("ratio"))
     source = {line.strip() for name in ("losses.py", "module.py") for line in (SRC / name).read_text().splitlines()}
-    assert len(formula.splitlines()) == 6
+    assert len(formula.splitlines()) == 7
     assert set(formula.splitlines()) <= source
 
 

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from rlvr_lightning.batching import RolloutBatch, plan_micro_batches, share_of_rank
 from rlvr_lightning.callbacks.checkpoint import CheckpointCallback
 from rlvr_lightning.callbacks.rollout import RolloutCallback
+from rlvr_lightning.critic import CriticConfig
 from rlvr_lightning.data import SingleExampleDataModule
 from rlvr_lightning.engines import Sampling
 from rlvr_lightning.engines.hf import HFEngine
@@ -124,8 +125,14 @@ class ProbeEngine(Callback):
 def full(module: RLVRModule) -> dict[str, Tensor]:
     """Every weight in one piece; all ranks must call it."""
     return {
-        n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for n, p in module.policy.lm.named_parameters()
+        n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for n, p in [*module.policy.lm.named_parameters(), *of_critic(module)]
     }
+
+
+def of_critic(module: RLVRModule) -> list[tuple[str, Tensor]]:
+    owner = getattr(module, "critic", module.policy)
+    return [(f"critic.{n}", p) for n, p in owner.named_parameters() if hasattr(module, "critic") or "value_head" in n]
 
 
 def local_share(module: torch.nn.Module) -> dict[str, float]:
@@ -189,6 +196,13 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "uneven micro-batches": {"tokens_per_micro_batch": SMALL_BUDGET, "share_prefixes": False},
     "uneven micro-batches, shared prefixes": {"tokens_per_micro_batch": SMALL_BUDGET, "share_prefixes": True},
     "two updates per step": {"updates_per_step": 2, "steps": 2 * STEPS, "tokens_per_micro_batch": SMALL_BUDGET},
+    "sequences": {"objective": Objective(kl_coef=0.1, reduction="sequence"), "tokens_per_micro_batch": SMALL_BUDGET},
+    "a critic": {
+        "advantage": "gae",
+        "critic": CriticConfig(lam=0.9, updates_per_step=2, optimizer=AdamW(lr=3e-3, eps=1e-4)),
+        "tokens_per_micro_batch": SMALL_BUDGET,
+    },
+    "a value head": {"advantage": "gae", "critic": CriticConfig(shared_trunk=True, optimizer=AdamW(lr=3e-3, eps=1e-4))},
 }
 
 
@@ -200,8 +214,8 @@ def all_scenarios(model: str, root: Path) -> dict[str, Any]:
         found["shares"] = local_share(module.policy.lm), local_share(module._reference[0].lm)
     module, record, probe = sampling_run(model, root / "engine", WORLD)
     found["engine"] = {"tokens": record.tokens, "metrics": record.metrics, **probe}
-    for kind in ("sharded", "consolidated"):
-        settings = {"consolidated": kind == "consolidated"}
+    for kind in ("sharded", "consolidated", "sharded with a critic"):
+        settings = {"consolidated": kind == "consolidated", **(TRAININGS["a critic"] if "critic" in kind else {})}
         train(model, root / kind, CheckpointCallback(every_n_steps=2), steps=2, **settings)
         (path,) = (root / kind / "checkpoints").iterdir()
         module, record = train(model, root / kind, ckpt_path=str(path), **settings)
@@ -266,12 +280,16 @@ def test_two_processes_train_like_one(two: list[dict[str, Any]], tiny_model: Pat
     module, record = train(str(tiny_model), tmp_path, world=1, **TRAININGS[name])
     expected = full(module)
     assert "lm_head.weight" not in expected  # tied
-    assert largest_gap(expected, start_weights(tiny_model)) > 5e-3
+    of_policy = {n: w for n, w in expected.items() if not n.startswith("critic.")}
+    assert largest_gap(of_policy, start_weights(tiny_model)) > 5e-3
+    assert ("critic" in TRAININGS[name]) == (len(of_policy) < len(expected))
     for rank in two:
         assert largest_gap(rank[name]["weights"], expected) < 1e-5
         for step, (ours, theirs) in enumerate(zip(record.metrics, rank[name]["metrics"], strict=True)):
             rel = 1e-5 if step == 0 else 5e-4  # every update multiplies what rounding left
-            for key in ("train/loss", "train/kl", "train/entropy", "train/grad_norm", "train/tokens", "mismatch/mean_abs"):
+            keys = ("loss", "kl", "entropy", "grad_norm", "tokens")
+            critic = ("critic/loss", "critic/grad_norm", "critic/value", "critic/explained_variance")
+            for key in (*(f"train/{key}" for key in keys), "mismatch/mean_abs", *critic):
                 if key in ours:
                     assert theirs[key] == pytest.approx(ours[key], rel=rel, abs=1e-5), key
 
@@ -329,11 +347,11 @@ def test_a_sync_brings_the_updated_weights_to_the_engine(two: list[dict[str, Any
         assert abs(found["before"][1] - found["after"][1]) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["sharded", "consolidated"])
+@pytest.mark.parametrize("kind", ["sharded", "consolidated", "sharded with a critic"])
 def test_a_checkpoint_of_two_processes_resumes_at_the_next_step(two: list[dict[str, Any]], kind: str):
     for rank in two:
-        whole = rank["one micro-batch per rank"]
-        assert rank[kind]["folder"] == (kind == "sharded")
+        whole = rank["a critic" if "critic" in kind else "one micro-batch per rank"]
+        assert rank[kind]["folder"] == kind.startswith("sharded")
         assert rank[kind]["steps"] == [2, 3]
         assert largest_gap(rank[kind]["weights"], whole["weights"]) == 0
         assert [m["train/loss"] for m in rank[kind]["metrics"]] == [m["train/loss"] for m in whole["metrics"][2:]]

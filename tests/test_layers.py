@@ -24,7 +24,7 @@ LAYERS = [
     "evaluation evaluation.module evaluation.reading evaluation.synthetic evaluation.suite evaluation.statistics "
     "evaluation.results evaluation.likelihood evaluation.paper evaluation.table evaluation.compare "
     "sources ranking perturb selection check",
-    "policy data rollout loggers plots rank saturation sweep_report",
+    "backbone policy data rollout passes critic learner loggers plots rank saturation sweep_report",
     "module",
     "callbacks callbacks.rollout callbacks.evaluation callbacks.history callbacks.transcripts callbacks.checkpoint "
     "callbacks.export callbacks.progress callbacks.saturation",

@@ -18,7 +18,6 @@ from rlvr_lightning.losses import (
     importance_weights,
     kl_estimate,
     kl_k3,
-    kl_penalty,
     sequence_ratio,
     token_weights,
 )
@@ -34,7 +33,7 @@ def terms(objective: Objective, *, logprobs: Tensor, **changes: Tensor | None) -
         "entropy": torch.zeros_like(logprobs),
         "old_logprobs": logprobs.detach(),
         "reference_logprobs": None,
-        "advantages": torch.ones(len(logprobs)),
+        "advantages": torch.ones(len(logprobs), 1),
     }
     return objective(logprobs=logprobs, **(inputs | changes))
 
@@ -72,11 +71,11 @@ def test_clip_stops_the_gradient_only_where_it_is_active():
 
 def test_at_ratio_one_the_gradient_is_the_policy_gradient():
     logprobs = torch.tensor([[-0.3, -2.0], [-1.0, -0.1]], requires_grad=True)
-    advantages = torch.tensor([0.3536, -2.4749])
+    advantages = torch.tensor([[0.3536], [-2.4749]])
     result = terms(Objective(kl_coef=0.0, entropy_coef=0.0), logprobs=logprobs, advantages=advantages)
     result.total.sum().backward()
     # d/dlogp of -A * logp
-    torch.testing.assert_close(logprobs.grad, -advantages[:, None].expand(2, 2))
+    torch.testing.assert_close(logprobs.grad, -advantages.expand(2, 2))
     assert result.clipped.sum() == 0
 
 
@@ -120,7 +119,7 @@ def test_descending_the_kl_term_pulls_the_policy_to_the_reference():
 @pytest.mark.parametrize("coef", [0.7, -0.7])
 def test_a_positive_entropy_coef_rewards_entropy(coef: float):
     entropy = one(1.3).requires_grad_()
-    result = terms(Objective(entropy_coef=coef), logprobs=one(-1.0), entropy=entropy, advantages=torch.zeros(1))
+    result = terms(Objective(entropy_coef=coef), logprobs=one(-1.0), entropy=entropy, advantages=torch.zeros(1, 1))
     result.total.sum().backward()
     torch.testing.assert_close(result.total, one(-coef * 1.3))
     torch.testing.assert_close(entropy.grad, one(-coef))
@@ -158,7 +157,7 @@ def test_value_and_gradient_equal_a_float64_reference():
         entropy=-(log_p.exp() * log_p).sum(-1),
         old_logprobs=old,
         reference_logprobs=ref,
-        advantages=advantages,
+        advantages=advantages[:, None],
     )
     (grad,) = torch.autograd.grad(result.total.sum(), logits)
     assert 0 < result.clipped.sum() < 20  # both branches of the clip took part
@@ -176,7 +175,7 @@ def test_without_a_reference_the_kl_is_zero():
 
 def reference_term(objective: Objective, b: int, s: int, x: dict[str, Tensor]) -> Tensor:
     """The loss of one token by the formulas of the papers, as maximization of a gain, on scalars."""
-    logp, old, a = x["logprobs"][b, s], x["old_logprobs"][b, s], x["advantages"][b]
+    logp, old, a = x["logprobs"][b, s], x["old_logprobs"][b, s], x["advantages"][b, 0]
     ratio = logp.exp() / old.exp()
     if objective.policy_loss == "gspo":  # geometric mean of the row's ratios
         tokens = x["mask"][b].nonzero()[:, 0]
@@ -215,7 +214,7 @@ def some_inputs() -> dict[str, Tensor]:
         "old_logprobs": now + noise(0.7),
         "reference_logprobs": now + noise(0.5),
         "sampler_logprobs": now + noise(0.9),
-        "advantages": torch.tensor([1.0, -1.0, 0.5, -2.0], dtype=torch.float64),
+        "advantages": torch.tensor([[1.0], [-1.0], [0.5], [-2.0]], dtype=torch.float64),
         "mask": torch.arange(5) < torch.tensor([5, 4, 3, 1])[:, None],
     }
 
@@ -264,7 +263,7 @@ def test_the_loss_of_the_papers_code_by_hand():
         entropy=torch.tensor([[0.5, 1.0], [1.5, 0.0]]),
         old_logprobs=torch.tensor([[-1.2, -1.5], [-0.5, 0.0]]),
         reference_logprobs=torch.tensor([[-2.0, -1.0], [-0.5, 0.0]]),
-        advantages=torch.tensor([0.3536, -2.4749]),
+        advantages=torch.tensor([[0.3536], [-2.4749]]),
     )
     for value, by_hand in (
         (result.surrogate, 0.612037),
@@ -280,7 +279,7 @@ def test_the_loss_of_the_papers_code_by_hand():
 def test_gspo_clips_whole_rows_and_shares_the_gradient():
     # Ratios 2 and 0.5 make 1; ratios 2 and 2 make 2, clipped at 1.2.
     logprobs = torch.tensor([[math.log(2), -math.log(2)], [math.log(2), math.log(2)]], requires_grad=True)
-    inputs = {"old_logprobs": torch.zeros(2, 2), "mask": torch.ones(2, 2).bool(), "advantages": torch.tensor([3.0, 1.0])}
+    inputs = {"old_logprobs": torch.zeros(2, 2), "mask": torch.ones(2, 2).bool(), "advantages": torch.tensor([[3.0], [1.0]])}
     result = terms(Objective(policy_loss="gspo"), logprobs=logprobs, **inputs)
     torch.testing.assert_close(result.surrogate, torch.tensor([[-3.0, -3.0], [-1.2, -1.2]]))
     assert result.clipped.tolist() == [[0.0, 0.0], [1.0, 1.0]]
@@ -302,18 +301,18 @@ def test_the_sequence_ratio_ignores_padding_and_order(log_ratios: list[float], p
 
 
 def test_at_ratio_one_every_policy_loss_has_the_same_gradient():
-    advantages, mask = torch.tensor([0.3536, -2.4749]), torch.ones(2, 3).bool()
+    advantages, mask = torch.tensor([[0.3536], [-2.4749]]), torch.ones(2, 3).bool()
     for policy_loss in ("clip", "gspo", "cispo"):
         logprobs = torch.tensor([[-0.3, -2.0, -1.0], [-1.0, -0.1, -5.0]], requires_grad=True)
         result = terms(Objective(policy_loss=policy_loss), logprobs=logprobs, advantages=advantages, mask=mask)
         result.surrogate.sum().backward()
-        torch.testing.assert_close(logprobs.grad, -advantages[:, None].expand(2, 3))
+        torch.testing.assert_close(logprobs.grad, -advantages.expand(2, 3))
         assert result.clipped.sum() == 0
 
 
 def test_cispo_keeps_the_gradient_that_the_clip_stops():
     logprobs = torch.tensor([[1.0, -1.0]], requires_grad=True)  # ratios 2.7 and 0.37; the first one is clipped by PPO
-    inputs = {"old_logprobs": torch.zeros(1, 2), "advantages": torch.tensor([2.0])}
+    inputs = {"old_logprobs": torch.zeros(1, 2), "advantages": torch.tensor([[2.0]])}
     result = terms(Objective(policy_loss="cispo", clip_low=0.1, clip_high=0.3), logprobs=logprobs, **inputs)
     torch.testing.assert_close(result.surrogate, torch.tensor([[-1.3 * 2 * 1.0, -0.9 * 2 * -1.0]]))
     assert result.clipped.tolist() == [[1.0, 1.0]]
@@ -326,7 +325,7 @@ def test_the_dual_clip_bounds_bad_tokens_only():
     # A = -2: at most 3 * 2 = 6; A = 2: untouched
     assert dual_clipped(surrogate, advantages, 3.0).tolist() == [[6.0, 4.0], [-10.0, 10.0]]
     logprobs = torch.tensor([[math.log(5), math.log(2)]], requires_grad=True)
-    inputs = {"old_logprobs": torch.zeros(1, 2), "advantages": torch.tensor([-2.0])}
+    inputs = {"old_logprobs": torch.zeros(1, 2), "advantages": torch.tensor([[-2.0]])}
     result = terms(Objective(dual_clip=3.0), logprobs=logprobs, **inputs)
     assert result.clipped.tolist() == [[1.0, 0.0]]
     result.surrogate.sum().backward()
@@ -379,21 +378,10 @@ def test_which_estimators_have_the_value_and_which_the_gradient_of_the_divergenc
             torch.testing.assert_close(torch.autograd.grad(estimate, logits, retain_graph=True)[0], gradient)
 
 
-def test_the_kl_penalty_sums_a_rows_tokens_and_is_positive_where_the_policy_left_the_reference():
-    logprobs = torch.tensor([[-1.0, -2.0, math.nan], [-3.0, math.nan, math.nan], [math.nan] * 3], requires_grad=True)
-    reference = torch.tensor([[-2.0, -4.0, 0.0], [-2.5, 0.0, 0.0], [0.0] * 3])
-    mask = ~logprobs.isnan()
-    penalty = kl_penalty(logprobs, reference, mask)
-    assert penalty.tolist() == [3.0, -0.5, 0.0]  # (-1 + 2) + (-2 + 4); -3 + 2.5; no token
-    assert not penalty.requires_grad
-    assert kl_penalty(logprobs, reference, mask, "abs").tolist() == [3.0, 0.5, 0.0]
-    assert kl_penalty(logprobs, reference, mask, "k2").tolist() == [2.5, 0.125, 0.0]
-
-
 def test_a_kl_in_the_reward_is_measured_but_not_in_the_loss():
     logprobs = one(-1.0).requires_grad_()
     objective = Objective(kl_coef=5.0, kl_in="reward", entropy_coef=0.0)
-    result = terms(objective, logprobs=logprobs, reference_logprobs=one(-2.0), advantages=torch.zeros(1))
+    result = terms(objective, logprobs=logprobs, reference_logprobs=one(-2.0), advantages=torch.zeros(1, 1))
     assert result.kl.item() == pytest.approx(math.exp(-1))
     assert result.total.item() == 0
     assert objective.coefficients == {"surrogate": 1.0}

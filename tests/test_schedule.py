@@ -114,7 +114,7 @@ def test_a_schedule_is_no_number(name: str):
         _ = objective.coefficients
     x = torch.zeros(1, 2)
     with pytest.raises(TypeError, match=r"use objective\.at\(step\)"):
-        objective(logprobs=x, entropy=x, old_logprobs=x, reference_logprobs=x, advantages=torch.ones(1))
+        objective(logprobs=x, entropy=x, old_logprobs=x, reference_logprobs=x, advantages=torch.ones(1, 1))
 
 
 def test_a_reference_is_needed_if_the_kl_coefficient_is_ever_other_than_zero():

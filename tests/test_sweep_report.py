@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.jsonl import append_lines
+from rlvr_lightning.sweep import check_metric
 from rlvr_lightning.sweep_report import Job, last_value, mean_and_interval, read_jobs, report, settings_of, summarize
 
 
@@ -76,3 +78,23 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(n: int) -> None:
         hits += abs(mean - 0.4) <= half
     assert math.isclose(hits / 4000, 0.95, abs_tol=0.015)
     assert mean_and_interval([0.3]) == (0.3, None)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("val/sums/accuracy", None),
+        ("rollout/reward", None),
+        ("critic/explained_variance", None),
+        ("val/products/accuracy", "the evaluation sets are sums, differences: name one of them"),
+        ("accuracy", "name a metric of docs/metrics.md"),
+        ("valid/sums/accuracy", "name a metric of docs/metrics.md"),
+        ("rollout/", "name a metric of docs/metrics.md"),
+    ],
+)
+def test_a_metric_that_no_job_would_log_is_refused_before_the_first_job(key: str, message: str | None) -> None:
+    if message is None:
+        check_metric(key, ["sums", "differences"])
+    else:
+        with pytest.raises(ConfigError, match=message):
+            check_metric(key, ["sums", "differences"])

@@ -156,7 +156,9 @@ def pass_at_k(rewards: Float[Tensor, "P G"], *, k: int = 4, eps: float = 1e-6) -
     return rewards.new_tensor(table)[num_wrong, rewards.long()]
 
 
-Advantage = Literal["group_norm", "group_center", "leave_one_out", "global_norm", "global_norm_baseline", "max_rl", "pass_at_k"]
+Advantage = Literal[
+    "group_norm", "group_center", "leave_one_out", "global_norm", "global_norm_baseline", "max_rl", "pass_at_k", "gae"
+]
 ADVANTAGES: dict[str, Callable[[Tensor], Tensor]] = {
     "group_norm": group_norm,
     "group_center": group_center,
@@ -168,11 +170,23 @@ ADVANTAGES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def whiten(values: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"], eps: float = 1e-8) -> Float[Tensor, "B S"]:
+def whiten(
+    values: Float[Tensor, "B S"],
+    mask: Bool[Tensor, "B S"],
+    eps: float = 1e-8,
+    *,
+    everywhere: Float[Tensor, " n"] | None = None,
+) -> Float[Tensor, "B S"]:
     """Give the values inside the mask mean 0 and variance 1: (v - mean) / sqrt(var + eps), var with Bessel's correction.
 
     Exactly zero outside the mask, and everywhere if all values inside are equal, or only one or none is. What lies outside is
-    never read, not even if it is NaN. Statistics are those of the rows given: gather the rows of all ranks first.
+    never read, not even if it is NaN.
+
+    Args:
+        values: of this rank's rows.
+        mask: which of them count.
+        eps: added to the variance.
+        everywhere: the values inside the masks of all ranks, if there are others than these.
 
     Source: ypwang61/One-Shot-RLVR:verl/utils/torch_functional.py, masked_whiten.
 
@@ -180,8 +194,9 @@ def whiten(values: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"], eps: float =
     tensor([[-1.,  0.,  1.,  0.]])
     """
     inside, result = values[mask], torch.zeros_like(values)
-    if not bool((inside == inside[:1]).all()):
-        result[mask] = (inside - inside.mean()) * (inside.var() + eps).rsqrt()
+    everywhere = inside if everywhere is None else everywhere
+    if not bool((everywhere == everywhere[:1]).all()):
+        result[mask] = (inside - everywhere.mean()) * (everywhere.var() + eps).rsqrt()
     return result
 
 

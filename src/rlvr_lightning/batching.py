@@ -46,11 +46,15 @@ class RolloutBatch:
     temperature: float
     """Sampling temperature of every row."""
     advantages: Tensor | None = None
-    """(B,) float32."""
+    """(B, S) float32; of a group's rollout, the same for all its tokens."""
     old_logprobs: Tensor | None = None
     """(B, S) float32: the policy's log-probs before the first update on this batch; None = this is the first update."""
     reference_logprobs: Tensor | None = None
     """(B, S) float32; None when the KL term is off."""
+    values: Tensor | None = None
+    """(B, S) float32: the critic's values before the first update on this batch; None without a critic."""
+    returns: Tensor | None = None
+    """(B, S) float32: what the critic is to learn from this batch; None without a critic."""
 
     @classmethod
     def from_rollouts(cls, rollouts: Sequence[Rollout]) -> "RolloutBatch":

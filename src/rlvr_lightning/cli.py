@@ -23,6 +23,7 @@ from rlvr_lightning.callbacks.progress import ProgressCallback
 from rlvr_lightning.callbacks.rollout import RolloutCallback
 from rlvr_lightning.callbacks.saturation import SaturationCallback
 from rlvr_lightning.callbacks.transcripts import TranscriptCallback
+from rlvr_lightning.critic import CriticConfig
 from rlvr_lightning.data import EvalDataModule, ProblemDataModule, SingleExampleDataModule, SubsetDataModule
 from rlvr_lightning.engines import Sampling
 from rlvr_lightning.engines.hf import HFEngine
@@ -239,7 +240,7 @@ def _explain(message: str) -> str:
 
 def _key_names() -> list[str]:
     """Return the last part of every key: the parameters of all classes that a configuration may name, and the top level."""
-    classes = [Trainer, RLVRModule, PolicyConfig, LoRA, Objective, Schedule, AdamW, Sampling, PromptTemplate, Verifier]
+    classes = [Trainer, RLVRModule, PolicyConfig, LoRA, Objective, CriticConfig, Schedule, AdamW, Sampling, PromptTemplate, Verifier]
     classes += [
         ProblemDataModule,
         SingleExampleDataModule,

@@ -40,7 +40,7 @@ class LossTerms:
     """1 where a clip of the ratio is active, else 0."""
 
 
-def clipped_surrogate(ratio: PerToken, advantages: PerRow, clip_low: float, clip_high: float) -> PerToken:
+def clipped_surrogate(ratio: PerToken, advantages: PerToken | PerRow, clip_low: float, clip_high: float) -> PerToken:
     """Return -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), the loss to minimize.
 
     Source: PPO, arXiv 1707.06347, equation 7.
@@ -61,7 +61,9 @@ def sequence_ratio(logprobs: PerToken, old_logprobs: PerToken, mask: Mask) -> Pe
     return torch.exp(log_ratio / mask.sum(dim=1, keepdim=True).clamp(min=1)).expand_as(logprobs)
 
 
-def cispo_surrogate(logprobs: PerToken, ratio: PerToken, advantages: PerRow, clip_low: float, clip_high: float) -> PerToken:
+def cispo_surrogate(
+    logprobs: PerToken, ratio: PerToken, advantages: PerToken | PerRow, clip_low: float, clip_high: float
+) -> PerToken:
     """Return -clip(ratio, 1 - clip_low, 1 + clip_high) * A * logprobs, no gradient through the ratio.
 
     Every token keeps a gradient; the clip bounds its weight only. clip_low = 1 means no lower bound, as its authors have it.
@@ -70,7 +72,7 @@ def cispo_surrogate(logprobs: PerToken, ratio: PerToken, advantages: PerRow, cli
     return -ratio.detach().clamp(1 - clip_low, 1 + clip_high) * advantages * logprobs
 
 
-def dual_clipped(surrogate: PerToken, advantages: PerRow, dual_clip: float) -> PerToken:
+def dual_clipped(surrogate: PerToken, advantages: PerToken | PerRow, dual_clip: float) -> PerToken:
     """Return min(surrogate, -dual_clip * A) where A < 0, else the surrogate: a bad token costs at most dual_clip * |A|.
 
     Source: dual-clip PPO, arXiv 1912.09729 (there max(min(...), c * A), to maximize).
@@ -110,18 +112,6 @@ def kl_estimate(logprobs: PerToken, reference_logprobs: PerToken, estimator: KLE
         return kl_k3(logprobs, reference_logprobs)
     k1 = logprobs - reference_logprobs
     return {"k1": k1, "k2": k1.square() / 2, "abs": k1.abs()}[estimator]
-
-
-def kl_penalty(
-    logprobs: PerToken, reference_logprobs: PerToken, mask: Mask, estimator: KLEstimator = "k1"
-) -> Float[Tensor, " b"]:
-    """Return the estimate of KL(policy || reference), nats, summed over each row's tokens; no gradient, 0 for an empty row.
-
-    Positive where the policy finds the row more likely than the reference does. With ``kl_in: reward`` it is subtracted:
-    reward - kl_coef * kl_penalty, before rewards become advantages. Source: arXiv 1909.08593, equation 2 (k1).
-    """
-    kl = kl_estimate(logprobs.detach(), reference_logprobs.detach(), estimator)
-    return torch.where(mask, kl, 0.0).sum(dim=1)
 
 
 def token_weights(mask: Mask, reduction: Reduction, *, num_tokens: Tensor | int, num_rows: Tensor | int) -> PerToken:
@@ -243,7 +233,7 @@ class Objective:
         entropy: PerToken,
         old_logprobs: PerToken,
         reference_logprobs: PerToken | None,
-        advantages: Float[Tensor, " b"],
+        advantages: PerToken | PerRow,
         sampler_logprobs: PerToken | None = None,
         mask: Mask | None = None,
     ) -> LossTerms:
@@ -254,7 +244,7 @@ class Objective:
             entropy: entropy of the same distributions.
             old_logprobs: the same log-probs before the first update on these rollouts, no gradient.
             reference_logprobs: under the frozen reference, no gradient; None when ``kl_coef`` is 0.
-            advantages: one per row, shared by all its tokens.
+            advantages: of each token, or one for all tokens of a row.
             sampler_logprobs: what the engine said when it sampled, no gradient; needed for ``importance_cap``.
             mask: completion tokens; needed for ``policy_loss: gspo``.
 
@@ -265,13 +255,13 @@ class Objective:
         if self.policy_loss == "gspo":
             ratio = sequence_ratio(logprobs, old_logprobs, _given(mask, "policy_loss gspo needs mask"))
         if self.policy_loss == "cispo":
-            surrogate = cispo_surrogate(logprobs, ratio, advantages[:, None], self.clip_low, self.clip_high)
+            surrogate = cispo_surrogate(logprobs, ratio, advantages, self.clip_low, self.clip_high)
             clipped = ratio != ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         else:
-            surrogate = clipped_surrogate(ratio, advantages[:, None], self.clip_low, self.clip_high)
+            surrogate = clipped_surrogate(ratio, advantages, self.clip_low, self.clip_high)
             if self.dual_clip is not None:
-                surrogate = dual_clipped(surrogate, advantages[:, None], self.dual_clip)
-            clipped = surrogate != -ratio * advantages[:, None]
+                surrogate = dual_clipped(surrogate, advantages, self.dual_clip)
+            clipped = surrogate != -ratio * advantages
         if self.importance_cap is not None:
             sampled = _given(sampler_logprobs, "importance_cap needs sampler_logprobs")
             surrogate = importance_weights(old_logprobs, sampled, self.importance_cap) * surrogate

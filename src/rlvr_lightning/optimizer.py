@@ -1,7 +1,8 @@
 """The optimizer and its learning rate."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -32,14 +33,16 @@ class AdamW:
         if self.weight_decay < 0 or self.warmup_steps < 0:
             raise ConfigError("optimizer.weight_decay and optimizer.warmup_steps: set them to 0 or above")
 
-    def build(self, weights: Iterable[torch.nn.Parameter]) -> torch.optim.AdamW:
-        """Return the optimizer of those weights that train."""
-        trained = [p for p in weights if p.requires_grad]
-        fused = not any(isinstance(p, DTensor) for p in trained)
-        return torch.optim.AdamW(
-            trained, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=fused
-        )
-
     def lr_at(self, updates: int) -> float:
         """Return the learning rate of the next update, after so many."""
         return self.lr * min(1.0, (updates + (not self.start_at_zero)) / max(self.warmup_steps, 1))
+
+
+def build_optimizer(*groups: tuple[AdamW, Iterable[torch.nn.Parameter]]) -> torch.optim.AdamW:
+    """Return one optimizer over those weights that train, each group with settings of its own."""
+    settings: list[dict[str, Any]] = [
+        asdict(config) | {"params": [p for p in weights if p.requires_grad]} for config, weights in groups
+    ]
+    fused = not any(isinstance(p, DTensor) for group in settings for p in group["params"])
+    keys = ("params", "lr", "betas", "eps", "weight_decay")
+    return torch.optim.AdamW([{key: group[key] for key in keys} for group in settings], fused=fused)

@@ -8,33 +8,32 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlvr_lightning.batching import Costs, RolloutBatch
+from rlvr_lightning.backbone import Backbone, ValueHead
+from rlvr_lightning.batching import RolloutBatch
 from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.logprobs import token_logprobs_and_entropy
 from rlvr_lightning.models import load_config_and_tokenizer, resolve_model
-from rlvr_lightning.prefix_tree import ATTENTION, PrefixTree
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
+from rlvr_lightning.prefix_tree import ATTENTION
 
 
-@dataclass(frozen=True)
-class TokenStats:
+class TokenStats(NamedTuple):
     """What the policy says about each sampled token; zeros outside the completion mask."""
 
     logprobs: Tensor
     """(b, S) nats, at the sampling temperature."""
     entropy: Tensor
     """(b, S) nats, exact over the vocabulary, with gradient."""
+    values: Tensor | None = None
+    """(b, S) the return expected before the token is chosen, if the policy has a value head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +71,12 @@ class PolicyConfig:
         """The folder or hub id that libraries accept."""
         return resolve_model(self.model)
 
-    def build(self) -> "Policy":
-        """Load the model on the CPU with fp32 weights.
+    def build(self, value_head: ValueHead | None = None) -> "Policy":
+        """Load the policy on the CPU with fp32 weights; ``value_head``: of a critic that shares its trunk."""
+        return Policy(*self.load(), self, value_head)
+
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load the model on the CPU with fp32 weights, ready to share prefixes and with adapters if it has any.
 
         fp32 because AdamW at the paper's learning rate of 1e-6 rounds most updates of bf16 weights to nothing.
 
@@ -100,61 +103,51 @@ class PolicyConfig:
             raise ConfigError(f"cannot load the weights of {self.model!r}: missing {sorted(loading['missing_keys'])[:5]}")
         if type(lm.get_output_embeddings()) is not nn.Linear:
             raise ConfigError(f"the head of {self.model!r} is no linear layer, which is not supported: choose another model")
-        return Policy(lm, tokenizer, self)
+        if self.share_prefixes is not False and self._may_share(lm):
+            lm.config._attn_implementation = ATTENTION
+        if self.lora is not None:
+            _add_adapters(lm, self.lora)
+        return lm, tokenizer
+
+    def _may_share(self, lm: PreTrainedModel) -> bool:
+        able = lm.config._attn_implementation == "sdpa" and lm._supports_attention_backend
+        if not able and self.share_prefixes:
+            raise ConfigError(
+                "policy.share_prefixes needs a model with policy.attn_implementation sdpa: set it to null or false"
+            )
+        return able
 
 
-class Policy(nn.Module):
-    """A causal LM with the one forward pass that training needs."""
+class Policy(Backbone):
+    """A causal LM that answers one question: log-probs and entropy of the sampled tokens."""
 
-    def __init__(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PolicyConfig) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: PolicyConfig,
+        value_head: ValueHead | None = None,
+    ) -> None:
+        share = config.share_prefixes if lm.config._attn_implementation == ATTENTION else False
+        super().__init__(lm, share=share, gradient_checkpointing=config.gradient_checkpointing)
         self.config = config
-        self.dtype = torch.float32
-        self.share = config.share_prefixes
         self.tokenizer = tokenizer
         self.generation_config = lm.generation_config or GenerationConfig()
         self.eos_token_ids = _eos_token_ids(lm, tokenizer)
         lm.generation_config = GenerationConfig()  # else generate() fills in what the model's own asks for, penalties and all
-        if config.gradient_checkpointing:
-            lm.gradient_checkpointing_enable({"use_reentrant": False})
-        if config.lora is not None:
-            _add_adapters(lm, config.lora)
-        if self.share is not False:
-            self._prepare_sharing(lm)
-        self.lm = lm
-        self.train(config.gradient_checkpointing)
-
-    def train(self, mode: bool = True) -> "Policy":
-        """Set the mode of the LM: eval unless it checkpoints, because dropout would make the ratio compare two networks."""
-        super().train(mode)
-        self.lm.train(mode and self.config.gradient_checkpointing)
-        return self
+        self.value_head = value_head
 
     def forward(self, batch: RolloutBatch, *, as_tree: bool = False) -> TokenStats:
-        """Return log-prob and entropy of every completion token, (b, S) each, zeros elsewhere.
-
-        Both ways give the same numbers up to rounding, and pass every decoder block once, as FSDP2 needs it.
+        """Return log-prob and entropy of every completion token, and its value if there is a value head.
 
         Args:
             batch: the rows.
             as_tree: compute each distinct prefix once; otherwise row by row.
         """
-        if as_tree:
-            tree = PrefixTree.of(batch.input_ids, batch.lengths, batch.completion_mask)
-            hidden = tree.forward(self.lm.get_decoder())
-            logprobs, entropy = self._predict(hidden[tree.parents], tree.targets, batch.temperature)
-            logprobs, entropy = logprobs[tree.place], entropy[tree.place]
-        else:  # padding sits on the right, where causal attention never looks, so no attention mask is needed
-            hidden = self.lm.get_decoder()(input_ids=batch.input_ids[:, :-1], use_cache=False).last_hidden_state
-            mask = batch.completion_mask[:, 1:]
-            logprobs, entropy = self._predict(hidden[mask], batch.input_ids[:, 1:][mask], batch.temperature)
-        empty = torch.zeros(batch.input_ids.shape, dtype=logprobs.dtype, device=logprobs.device)
-        # The sum keeps an empty mask in the graph: under FSDP2 every rank has to run the backward pass.
-        anchor = hidden.sum() * 0.0
-        return TokenStats(
-            logprobs=empty.masked_scatter(batch.completion_mask, logprobs) + anchor,
-            entropy=empty.masked_scatter(batch.completion_mask, entropy),
-        )
+        states = self.states(batch, as_tree=as_tree)
+        logprobs, entropy = self._predict(states.hidden, states.targets, batch.temperature)
+        values = None if self.value_head is None else states.spread(self.value_head(states.hidden))
+        return TokenStats(states.spread(logprobs), states.spread(entropy), values)
 
     def _predict(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Return log-probs and entropies (N,) of ``targets`` (N,) given the hidden states (N, H) that predict them."""
@@ -164,29 +157,6 @@ class Policy(nn.Module):
         if base is not head and not head.disable_adapters:
             weight = weight + head.get_delta_weight("default")
         return token_logprobs_and_entropy(hidden, targets, weight, base.bias, temperature)
-
-    # --- sharing prefixes ----------------------------------------------------------------------------------------------
-
-    def _prepare_sharing(self, lm: PreTrainedModel) -> None:
-        if lm.config._attn_implementation == "sdpa" and lm._supports_attention_backend:
-            lm.config._attn_implementation = ATTENTION
-        elif self.share:
-            raise ConfigError(
-                "policy.share_prefixes needs a model with policy.attn_implementation sdpa: set it to null or false"
-            )
-        else:
-            self.share = False
-
-    @property
-    def costs(self) -> Costs:
-        """What this model's passes cost, for :func:`~rlvr_lightning.batching.plan_micro_batches`."""
-        config = self.lm.config
-        layers, heads = config.num_hidden_layers, config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        head = config.vocab_size * config.hidden_size
-        linear = sum(p.numel() for p in self.lm.get_decoder().parameters()) - head
-        # 2 flops per weight and token; 4 per query, key and channel, at about a third of the speed of a matrix product
-        return Costs(pair=3 * 4 * layers * heads * head_dim / (2 * linear), prediction=head / linear)
 
     @torch.no_grad()
     def check_sharing(self) -> str | None:
@@ -232,21 +202,6 @@ class Policy(nn.Module):
             if type(layer) is nn.Linear and layer is not head:  # the head may share its weight with the embedding
                 layer.to(dtype)
         return self
-
-    def shard(self, mesh: "DeviceMesh", param_dtype: torch.dtype | None) -> None:
-        """Shard every decoder block and then the rest over ``mesh`` with FSDP2; gradients are reduced in fp32.
-
-        Args:
-            mesh: one-dimensional data-parallel mesh.
-            param_dtype: dtype in which parameters are gathered and used; None keeps fp32.
-        """
-        self.dtype = param_dtype or torch.float32
-        precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-        blocks = set(self.lm._no_split_modules or [])
-        for module in list(self.lm.modules()):
-            if type(module).__name__ in blocks:
-                fully_shard(module, mesh=mesh, mp_policy=precision)
-        fully_shard(self, mesh=mesh, mp_policy=precision)
 
     def without_adapters(self) -> AbstractContextManager[Any]:
         """Context in which a LoRA policy is its own frozen reference."""

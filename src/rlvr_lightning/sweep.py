@@ -7,6 +7,7 @@ it exactly as it would any other configuration, so that a misspelled key fails t
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.sweep_report import Job, last_value, read_jobs, report
+
+TRAINING_METRICS = ("rollout", "train", "critic", "mismatch", "time", "memory")
+"""What the keys begin with that a run logs at every step."""
 
 
 def conf_dir() -> Path:
@@ -47,6 +51,8 @@ def run_job(cfg: DictConfig) -> float:
         )
     OmegaConf.set_struct(cfg, False)
     optimize = cfg.pop("optimize", None)
+    if optimize is not None:
+        check_metric(str(optimize), [str(name) for name in OmegaConf.select(cfg, "data.init_args.evals") or ()])
     cfg.trainer.default_root_dir = str(folder)
     config = folder / "run.yaml"
     OmegaConf.save(cfg, config, resolve=True)
@@ -65,6 +71,16 @@ def run_job(cfg: DictConfig) -> float:
     if optimize is not None and value is None and not status:
         raise ConfigError(f"optimize is {optimize!r}, which the run did not log: see docs/metrics.md for the keys")
     return float("nan") if value is None else value
+
+
+def check_metric(key: str, evals: Sequence[str]) -> None:
+    """Raise ConfigError for a metric that no run with these evaluation sets logs, before it has run for nothing."""
+    stage, _, rest = key.partition("/")
+    if stage == "val" and rest.partition("/")[0] not in evals:
+        raise ConfigError(f"optimize is {key!r}, and the evaluation sets are {', '.join(evals) or 'none'}: name one of them")
+    if stage not in ("val", *TRAINING_METRICS) or not rest:
+        parts = ", ".join(f"{part}/..." for part in TRAINING_METRICS)
+        raise ConfigError(f"optimize is {key!r}: name a metric of docs/metrics.md, that is val/<set>/<metric>, {parts}")
 
 
 class SweepReport(Callback):

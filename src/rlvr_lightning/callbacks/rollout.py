@@ -103,7 +103,7 @@ class RolloutCallback(Callback):
                 "set it to 1"
             )
         group = self.sampling.rollouts_per_problem
-        if group == 1 and module.advantage not in ("group_norm", "global_norm"):
+        if group == 1 and module.advantage not in ("group_norm", "global_norm", "gae"):
             raise ConfigError(
                 f"rollout.sampling.rollouts_per_problem is 1 and model.advantage is {module.advantage}: a group of one has "
                 "no baseline; set rollouts_per_problem to 2 or more, or take group_norm, whose advantage is then the reward"
@@ -176,6 +176,7 @@ class RolloutCallback(Callback):
             f"tokens at temperature {self.sampling.temperature:g}; {updates} update(s) on {rollouts / updates:g} of them, "
             f"{rollouts / updates / ranks:g} per process, micro-batches of at most {pl_module.tokens_per_micro_batch} tokens\n"
             f"objective    {pl_module.objective}; advantage {pl_module.advantage}\n"
+            f"{f'critic       {pl_module.critic_config}{chr(10)}' if pl_module.critic_config is not None else ''}"
             f"engine       {type(self.engine).__name__}, learner in {precision.removeprefix('torch.')} with float32 weights on "
             f"{ranks} process(es)\n"
             f"skipped      {', '.join(what for what, is_so in skipped.items() if is_so) or 'nothing'}",
