@@ -1,15 +1,25 @@
 """One contract for every engine: the learner's distribution, the learner's current weights, and nothing hidden in between.
 
 The model's own generation config is hostile on purpose (top-k 2, a repetition penalty, ...): an engine that lets any of it
-through fails the parity tests. ``hf-copy`` is HFEngine as it runs beside a sharded learner, on a private copy.
+through fails the parity tests. ``hf-copy`` is HFEngine as it runs beside a sharded learner, on a private copy; ``vllm-server``
+attaches to a server that was started with the command of docs/engines.md.
 """
 
 import json
+import os
+import re
+import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,8 +28,10 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from rlvr_lightning.batching import RolloutBatch
-from rlvr_lightning.engines import RolloutEngine, Sampling
+from rlvr_lightning.engines import RolloutEngine, Sampling, Sent, StaleEngineError
 from rlvr_lightning.engines.hf import HFEngine
+from rlvr_lightning.engines.process import server_command, server_environment
+from rlvr_lightning.engines.server import VLLMServerEngine
 from rlvr_lightning.engines.vllm import VLLMEngine
 from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.jsonl import read_jsonl
@@ -49,8 +61,70 @@ class CopyingHFEngine(HFEngine):
         super().sync(ShardedWeights(weights.policy, weights.dtype), version, window=window)
 
 
-CLASSES: dict[str, type[RolloutEngine]] = {"hf": HFEngine, "hf-copy": CopyingHFEngine, "vllm": VLLMEngine}
-ENGINES = ["hf", "hf-copy", pytest.param("vllm", marks=pytest.mark.vllm)]
+CLASSES: dict[str, type[RolloutEngine]] = {
+    "hf": HFEngine,
+    "hf-copy": CopyingHFEngine,
+    "vllm": VLLMEngine,
+    "vllm-process": VLLMServerEngine,
+    "vllm-server": VLLMServerEngine,
+}
+SLOW = (pytest.mark.vllm, pytest.mark.slow)
+SERVERS = [pytest.param("vllm-process", marks=SLOW), pytest.param("vllm-server", marks=SLOW)]
+STARTED = ["hf", "hf-copy", pytest.param("vllm", marks=pytest.mark.vllm), SERVERS[0]]
+"""Those that the tests start themselves, so that they can have another dtype."""
+ENGINES = [*STARTED, SERVERS[1]]
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "engines.md"
+
+
+def documented_command(number: int = 0) -> tuple[dict[str, str], list[str]]:
+    """Return the variables and the words of a command of docs/engines.md; the CPU's is the first."""
+    block = [b for b in re.findall(r"^```bash\n(.*?)^```", DOCS.read_text(), re.M | re.S) if "api_server" in b][number]
+    words = shlex.split(block.replace("\\\n", " "))
+    start = words.index("python")
+    return dict(word.split("=", 1) for word in words[:start]), words[start:]
+
+
+class RunningServer:
+    """A server as its user starts it, on a free port of loopback."""
+
+    def __init__(self, model: Path, log: Path, *, port: int | None = None, **changes: object) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = port or probe.getsockname()[1]
+        self.url, self.log = f"http://127.0.0.1:{self.port}", log
+        variables, words = documented_command()
+        values = {"model": model, "port": self.port, "dtype": "float32", "max_model_len": WINDOW}
+        values |= {"kv_cache_memory_bytes": 16 * 2**20} | changes
+        for key, value in values.items():
+            words[words.index("--" + key.replace("_", "-")) + 1] = str(value)
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, *words[1:]],
+                env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **variables},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait(self) -> "RunningServer":
+        """Return when it answers."""
+        for _ in range(3000):
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
+                return self
+            except OSError:
+                time.sleep(0.1)
+        raise AssertionError(self.log.read_text()[-3000:])
+
+    def kill(self) -> None:
+        """End it and all that it started."""
+        self.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(10)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +149,16 @@ def model_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[EnginePool]:
+def url(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    server = RunningServer(model_folder, tmp_path_factory.mktemp("server") / "log")
+    try:
+        yield server.wait().url
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def pool(request: pytest.FixtureRequest) -> Iterator[EnginePool]:
     """Return engines by name and dtype, started once; the float32 vLLM is closed before the bfloat16 one starts."""
     engines: dict[tuple[str, str], RolloutEngine] = {}
 
@@ -83,7 +166,8 @@ def pool() -> Iterator[EnginePool]:
         if (name, dtype) not in engines:
             for other in [key for key in engines if key[0] == name]:
                 engines.pop(other).close()
-            engines[name, dtype] = CLASSES[name](dtype=dtype)  # type: ignore[call-arg]
+            given: dict[str, Any] = {"urls": [request.getfixturevalue("url")]} if name == "vllm-server" else {}
+            engines[name, dtype] = CLASSES[name](dtype=dtype, **given)  # type: ignore[call-arg]
         return engines[name, dtype]
 
     yield get
@@ -199,12 +283,12 @@ def test_a_nucleus_cut_samples_from_the_nucleus_only(engine: RolloutEngine, poli
     "name",
     [
         "hf",
-        pytest.param(
-            "vllm",
-            marks=[
-                pytest.mark.vllm,
-                pytest.mark.xfail(reason="vLLM's processed log-probs are renormalized over the nucleus"),
-            ],
+        *(
+            pytest.param(
+                name,
+                marks=[*SLOW[:count], pytest.mark.xfail(reason="vLLM's processed log-probs are renormalized over the nucleus")],
+            )
+            for name, count in (("vllm", 1), ("vllm-process", 2), ("vllm-server", 2))
         ),
     ],
 )
@@ -272,6 +356,50 @@ def test_the_version_is_the_label_of_the_last_sync(engine: RolloutEngine, policy
     assert engine.version == 0
     sync(engine, policy, 7)
     assert engine.version == 7
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_checksum_is_that_of_the_weights_and_of_no_others(pool: EnginePool, policy: Policy, name: str) -> None:
+    engine, weights = pool(name), PolicyWeights(policy, torch.float32)
+    checksums = []
+    for version in range(2):
+        sent = Sent(weights, torch.float32)
+        for _ in sent:
+            pass
+        sync(engine, policy, version)
+        assert engine.checksum == (None if name == "hf" else sent.checksum)
+        checksums.append(sent.checksum)
+        with torch.no_grad():
+            policy.lm.get_input_embeddings().weight[50, 3] += 1
+    assert checksums[0] != checksums[1]
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_weights_that_the_server_did_not_get_from_this_sync_are_refused(pool: EnginePool, policy: Policy, name: str) -> None:
+    engine = pool(name)
+    assert isinstance(engine, VLLMServerEngine)
+    sync(engine, policy, 3)
+    before = greedy(engine)
+    assert engine._client is not None
+    engine._client.call_all("/update_weight_version", {"new_version": "4-0123456789abcdef"}, timeout=10)
+    with pytest.raises(StaleEngineError, match="'4-0123456789abcdef' and not '3-"):
+        greedy(engine)
+    assert engine.version is None
+    sync(engine, policy, 3)
+    assert greedy(engine) == before
+
+
+def test_the_documented_commands_are_what_an_own_server_gets() -> None:
+    for number, on_gpu in ((0, False), (1, True)):
+        variables, words = documented_command(number)
+        length = words[words.index("--max-model-len") + 1]
+        ours = server_command("MODEL", dtype="bfloat16", window=int(length), max_num_seqs=256, on_gpu=on_gpu)
+        places = {"--host", "127.0.0.1", "--port", "8000"}
+        devices = {"--gpu-memory-utilization", "0.9", "--weight-transfer-config", '{"backend": "nccl"}'}
+        caches = {"--kv-cache-memory-bytes", str(2**30)}
+        assert set(words[1:]) - set(ours) == places | (devices if on_gpu else caches)
+        assert set(ours[1:]) <= set(words)
+        assert server_environment(on_gpu=on_gpu).items() <= variables.items()
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -398,9 +526,9 @@ def test_hf_leaves_the_learners_mode_and_gradients_alone(model_folder: Path, tra
     assert gap(policy, LONG, completions).abs().max() < 1e-4
 
 
-@pytest.mark.vllm
-def test_vllm_says_that_it_was_started_for_fewer_tokens(pool: EnginePool, policy: Policy) -> None:
-    engine = pool("vllm")
+@pytest.mark.parametrize("name", [pytest.param("vllm", marks=pytest.mark.vllm), *SERVERS])
+def test_vllm_says_that_it_was_started_for_fewer_tokens(pool: EnginePool, policy: Policy, name: str) -> None:
+    engine = pool(name)
     sync(engine, policy, 0)
     with pytest.raises(ConfigError, match=f"started for {WINDOW} tokens and cannot serve {WINDOW + 1}"):
         engine.sync(PolicyWeights(policy, torch.float32), 1, window=WINDOW + 1)
@@ -413,6 +541,12 @@ def test_vllm_says_that_it_was_started_for_fewer_tokens(pool: EnginePool, policy
         (lambda: VLLMEngine(gpu_memory_utilization=1.5), "gpu_memory_utilization is 1.5"),
         (lambda: VLLMEngine(kv_cache_gib=0), "kv_cache_gib is 0"),
         (lambda: VLLMEngine(max_num_seqs=0), "max_num_seqs is 0"),
+        (lambda: VLLMServerEngine(gpu_memory_utilization=0), "gpu_memory_utilization is 0"),
+        (lambda: VLLMServerEngine(kv_cache_gib=-1), "kv_cache_gib is -1"),
+        (lambda: VLLMServerEngine(max_num_seqs=0), "max_num_seqs is 0"),
+        (lambda: VLLMServerEngine(start_timeout=0), "start_timeout is 0"),
+        (lambda: VLLMServerEngine(sync_timeout=-1), "sync_timeout is -1"),
+        (lambda: VLLMServerEngine(request_timeout=0), "request_timeout is 0"),
         (lambda: Sampling(rollouts_per_problem=0), "rollouts_per_problem is 0"),
         (lambda: Sampling(temperature=-0.1), "temperature is -0.1"),
         (lambda: Sampling(max_tokens=0), "max_tokens is 0"),
@@ -428,7 +562,7 @@ def test_impossible_settings_are_refused_at_construction(make: Callable[[], obje
 # --- bfloat16, last: the float32 vLLM makes room for this one ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", STARTED)
 def test_bfloat16_engines_are_not_biased_against_a_bfloat16_learner(pool: EnginePool, policy: Policy, name: str) -> None:
     engine = pool(name, "bfloat16")
     sync(engine, policy, 0, torch.bfloat16)
@@ -441,7 +575,7 @@ def test_bfloat16_engines_are_not_biased_against_a_bfloat16_learner(pool: Engine
     assert gap(policy, LONG, completions, 0.8).abs().mean() > 1e-3  # a float32 learner: so the engine was bfloat16
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", STARTED)
 def test_close_twice_leaves_an_engine_without_weights(pool: EnginePool, policy: Policy, name: str) -> None:
     engine = pool(name, "bfloat16")
     sync(engine, policy, 0, torch.bfloat16)

@@ -23,6 +23,10 @@ _EXPORTS = {
     "Sampling": "engines",
     "HFEngine": "engines.hf",
     "VLLMEngine": "engines.vllm",
+    "VLLMServerEngine": "engines.server",
+    "EngineDiedError": "engines",
+    "StaleEngineError": "engines",
+    "CriticConfig": "critic",
     "RolloutCallback": "callbacks.rollout",
     "EvaluationCallback": "callbacks.evaluation",
 }

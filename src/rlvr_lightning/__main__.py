@@ -14,6 +14,7 @@ rlvr: train a reasoning model with verifiable rewards, from one example up
   rlvr grade ...                  grade completions that are already in a file (`rlvr grade --help`)
   rlvr problems FILE ...          check data files: every bad row, copies, duplicates (`rlvr problems --help`)
   rlvr rank RUN --out FILE        rank training problems by how their accuracy varied (`rlvr rank --help`)
+  rlvr doctor [--config ...]      what this machine has, and whether a run fits (`rlvr doctor --help`)
 
   rlvr fit --model conf/model/smollm2.yaml --data conf/data/three-plus-four.yaml \\
            --rollout conf/rollout/vllm.yaml --trainer conf/trainer/cpu.yaml
@@ -32,6 +33,7 @@ def main() -> int:
 
         print(__version__)
         return 0
+    from rlvr_lightning.engines import EngineDiedError
     from rlvr_lightning.errors import ConfigError
     from rlvr_lightning.startup import imports
 
@@ -53,17 +55,22 @@ def main() -> int:
                 from rlvr_lightning.grade import main as run
             elif args[0] == "problems":
                 from rlvr_lightning.check import main as run
+            elif args[0] == "doctor":
+                from rlvr_lightning.doctor import main as run
             elif args[0] == "rank":
                 from rlvr_lightning.rank import main as run
             else:
                 raise ConfigError(
-                    f"no command {args[0]!r}: use quickstart, fit, validate, test, predict, sweep, compare, grade, problems or "
-                    "rank"
+                    f"no command {args[0]!r}: use quickstart, fit, validate, test, predict, sweep, compare, grade, problems, "
+                    "rank or doctor"
                 )
         return run(args)
     except ConfigError as error:
         print(f"rlvr: error: {error}", file=sys.stderr)
         return 2
+    except EngineDiedError as error:
+        print(f"rlvr: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("rlvr: stopped", file=sys.stderr)
         return 130

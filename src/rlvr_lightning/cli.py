@@ -27,6 +27,7 @@ from rlvr_lightning.critic import CriticConfig
 from rlvr_lightning.data import EvalDataModule, ProblemDataModule, SingleExampleDataModule, SubsetDataModule
 from rlvr_lightning.engines import Sampling
 from rlvr_lightning.engines.hf import HFEngine
+from rlvr_lightning.engines.server import VLLMServerEngine
 from rlvr_lightning.engines.vllm import VLLMEngine
 from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.evaluation.suite import EvalSet
@@ -240,8 +241,10 @@ def _explain(message: str) -> str:
 
 def _key_names() -> list[str]:
     """Return the last part of every key: the parameters of all classes that a configuration may name, and the top level."""
-    classes = [Trainer, RLVRModule, PolicyConfig, LoRA, Objective, CriticConfig, Schedule, AdamW, Sampling, PromptTemplate, Verifier]
+    classes = [Trainer, RLVRModule, PolicyConfig, LoRA, Objective, CriticConfig, Schedule, AdamW, Sampling]
     classes += [
+        PromptTemplate,
+        Verifier,
         ProblemDataModule,
         SingleExampleDataModule,
         SubsetDataModule,
@@ -250,6 +253,6 @@ def _key_names() -> list[str]:
         TrainSource,
         Perturbation,
     ]
-    classes += [HFEngine, VLLMEngine, *CALLBACKS.values()]
+    classes += [HFEngine, VLLMEngine, VLLMServerEngine, *CALLBACKS.values()]
     names = {name for cls in classes for name in inspect.signature(cls).parameters}
     return sorted(names | {"seed_everything", "trainer", "model", "data", "evaluate_first", "ckpt_path", "config", *CALLBACKS})

@@ -57,11 +57,16 @@ class ProblemLoader:
 
     def __iter__(self) -> Iterator[ProblemBatch]:
         while True:
-            batch = self._batch(self._step)
+            batch = self.batch(self._step)
             self._step += 1  # before the yield: a checkpoint written during this step resumes at the next
             yield batch
 
-    def _batch(self, step: int) -> ProblemBatch:
+    def repeat(self) -> None:
+        """Take the last batch back: a checkpoint written now resumes with it."""
+        self._step -= 1
+
+    def batch(self, step: int) -> ProblemBatch:
+        """Return the batch of a step."""
         slots = tuple(range(self._problems_per_step))
         return ProblemBatch(step=step, slots=slots, problems=tuple(self._at(step * self._problems_per_step + s) for s in slots))
 

@@ -85,6 +85,7 @@ class RLVRModule(LearnerModule):
         self.term_norms_every = term_norms_every
         self.mismatch_limit = mismatch_limit
         self._objective = objective  # of the current step: numbers in place of schedules
+        self._stale = False
         self._seconds: dict[str, float] = defaultdict(float)
 
     @property
@@ -106,6 +107,8 @@ class RLVRModule(LearnerModule):
         assert batch.rollouts is not None, "no rollouts attached: add RolloutCallback to the trainer"
         self._seconds.clear()
         self._objective = self.objective.at(self.steps_done)
+        stale = any(rollout.policy_version != self.policy_version for rollout in batch.rollouts)
+        self._stale = bool(greatest(torch.tensor(stale, dtype=torch.int, device=self.device)))
         data = RolloutBatch.from_rollouts(batch.rollouts).to(self.device)  # (B, S)
         if self.uses_reference:
             with self._timed("reference"):
@@ -258,7 +261,8 @@ class RLVRModule(LearnerModule):
         metrics: dict[str, Tensor | float] = norms | dict(zip(sums, total(torch.stack([*sums.values()])), strict=True))
         if first:
             metrics["mismatch/max"] = greatest(worst)
-            self._check_mismatch(float(metrics["mismatch/mean_abs"]))
+            if not self._stale:  # else the gap is what the policy has learned since, too
+                self._check_mismatch(float(metrics["mismatch/mean_abs"]))
         else:  # the policy has moved on from the sampler: the gap no longer says anything about the engine
             metrics = {n: v for n, v in metrics.items() if not n.startswith("mismatch/")}
         metrics["train/grad_norm"] = self._finite(clip_gradients(self.policy.parameters(), self.max_grad_norm))

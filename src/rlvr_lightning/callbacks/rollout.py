@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 import psutil
 from lightning.pytorch import Callback, Trainer
 
-from rlvr_lightning.batching import share_of_rank
+from rlvr_lightning.callbacks.header import describe_run
+from rlvr_lightning.callbacks.sampler import Sampler
 from rlvr_lightning.data import ProblemDataModule
 from rlvr_lightning.engines import RolloutEngine, Sampling
+from rlvr_lightning.engines.server import VLLMServerEngine
 from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.evaluation.likelihood import choose
+from rlvr_lightning.memory import check, plan_run
 from rlvr_lightning.metrics import rollout_metrics
 from rlvr_lightning.models import load_config_and_tokenizer
 from rlvr_lightning.module import RLVRModule
@@ -37,6 +40,9 @@ class RolloutCallback(Callback):
         prompt: training prompt.
         eval_prompt: evaluation prompt; None takes the training prompt.
         verifier: turns completions into rewards.
+        overlap: sample step k + 1, with the weights that step k began with, while step k trains. Rollouts are then one step
+            old, except the first; needs an engine in another process, and ``objective.importance_cap`` to correct for it.
+        max_restarts: times that an engine that died is started again in one step; then the run saves and ends.
         seed: the run's seed; every completion's own seed follows from it.
     """
 
@@ -49,22 +55,41 @@ class RolloutCallback(Callback):
         prompt: PromptTemplate = PromptTemplate(),  # noqa: B008 - frozen
         eval_prompt: PromptTemplate | None = None,
         verifier: Scorer | None = None,
+        overlap: bool = False,
+        max_restarts: int = 3,
         seed: int = 0,
     ) -> None:
+        if max_restarts < 0:
+            raise ConfigError(f"rollout.max_restarts is {max_restarts}: set it to 0 (never) or more")
+        if overlap and not isinstance(engine, VLLMServerEngine):
+            raise ConfigError(
+                f"rollout.overlap is set and {type(engine).__name__} samples in the learner's process, which is busy: choose "
+                "rollout=vllm-process or vllm-server, or leave overlap out"
+            )
         self.engine = engine
         self.sampling = sampling
         self.eval_sampling = eval_sampling
         self.prompt = prompt
         self.eval_prompt = eval_prompt or prompt
         self.verifier = verifier or Verifier()
+        self.overlap = overlap
+        self.max_restarts = max_restarts
         self.seed = seed
         self._window = 0
+        self._trains = False
         self._checked: set[str] = set()
         self._metrics = rollout_metrics()
         self._step_started = 0.0
         self._evaluation_started = 0.0
         self._other = 0.0
         self._collector: Collector | None = None
+        self._sampler: Sampler | None = None
+
+    @property
+    def sampler(self) -> Sampler:
+        """What keeps the engine in step with the policy, once :meth:`setup` has checked the run."""
+        assert self._sampler is not None
+        return self._sampler
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -87,8 +112,12 @@ class RolloutCallback(Callback):
         config, tokenizer = load_config_and_tokenizer(pl_module.policy_config.model_path)
         self._collector = Collector(self.engine, self.verifier, tokenizer, self.seed)
         self._window = self._check_window(datamodule, getattr(config, "max_position_embeddings", None))
+        self._sampler = Sampler(self.engine, self._collector, self._window, self.max_restarts)
         if trainer.is_global_zero:
             self._check_answers(datamodule)
+            if self._trains:  # once, before the evaluation that precedes a fit
+                check(plan_run(pl_module, trainer, datamodule, self, window=self._window))
+        self._trains = False
 
     def check_training(self, module: RLVRModule, groups: int) -> None:
         """Raise ConfigError for sampling that cannot train; ``groups``: of one step."""
@@ -108,6 +137,11 @@ class RolloutCallback(Callback):
                 f"rollout.sampling.rollouts_per_problem is 1 and model.advantage is {module.advantage}: a group of one has "
                 "no baseline; set rollouts_per_problem to 2 or more, or take group_norm, whose advantage is then the reward"
             )
+        if self.overlap and module.objective.importance_cap is None:
+            raise ConfigError(
+                "rollout.overlap trains on rollouts of the step before and model.objective.importance_cap is not set: set it "
+                "(2 is usual), so that what the policy no longer likes weighs less"
+            )
         if module.advantage == "pass_at_k" and not 1 <= module.pass_k <= group:
             raise ConfigError(f"model.pass_k is {module.pass_k} and a group has {group} rollouts: set it between 1 and those")
         if module.updates_per_step > groups * self.sampling.rollouts_per_problem:
@@ -115,6 +149,7 @@ class RolloutCallback(Callback):
                 f"model.updates_per_step is {module.updates_per_step} but a step has only "
                 f"{groups * self.sampling.rollouts_per_problem} rollouts: set it to at most that"
             )
+        self._trains = True
 
     def _check_answers(self, datamodule: ProblemDataModule) -> None:
         """Compare ground truths with themselves: in training a fault is an error, in evaluation a warning, given once."""
@@ -160,47 +195,10 @@ class RolloutCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: RLVRModule) -> None:
         """Say in words what this run is."""
         datamodule: ProblemDataModule = getattr(trainer, "datamodule")  # noqa: B009 - set by Lightning at run time
-        if not trainer.is_global_zero:
-            return
-        updates, ranks, precision = pl_module.updates_per_step, trainer.world_size, str(pl_module.compute_dtype)
-        groups, group = datamodule.problems_per_step, self.sampling.rollouts_per_problem
-        rollouts = groups * group
-        skipped = {
-            "reference pass (kl_coef is 0)": not pl_module.uses_reference,
-            "old-log-prob pass (one update per step: exactly on-policy)": not pl_module.uses_old,
-            "what rollouts have in common, the prompt above all (computed once)": pl_module.policy.share is not False,
-        }
-        print(
-            f"training on  {describe_problems(datamodule)}\n"
-            f"each step    {groups} groups x {group} rollouts = {rollouts} completions of at most {self.sampling.max_tokens} "
-            f"tokens at temperature {self.sampling.temperature:g}; {updates} update(s) on {rollouts / updates:g} of them, "
-            f"{rollouts / updates / ranks:g} per process, micro-batches of at most {pl_module.tokens_per_micro_batch} tokens\n"
-            f"objective    {pl_module.objective}; advantage {pl_module.advantage}\n"
-            f"{f'critic       {pl_module.critic_config}{chr(10)}' if pl_module.critic_config is not None else ''}"
-            f"engine       {type(self.engine).__name__}, learner in {precision.removeprefix('torch.')} with float32 weights on "
-            f"{ranks} process(es)\n"
-            f"skipped      {', '.join(what for what, is_so in skipped.items() if is_so) or 'nothing'}",
-            flush=True,
-        )
+        if trainer.is_global_zero:
+            print(describe_run(pl_module, datamodule, self.engine, self.sampling, trainer.world_size), flush=True)
 
     # --- the arrows from engine to batch -------------------------------------------------------------------------------
-
-    def _attach(
-        self, module: RLVRModule, batch: ProblemBatch, prompt: PromptTemplate, sampling: Sampling, grader: str | None = None
-    ) -> dict[str, float]:
-        """Fill ``batch.rollouts``; return the seconds of each part."""
-        assert self._collector is not None
-        started = time.perf_counter()
-        if self.engine.version != module.policy_version:
-            self.engine.sync(module.weights(), module.policy_version, window=self._window)
-        synced = time.perf_counter()
-        batch.group_size = sampling.rollouts_per_problem
-        if batch.name == "train":
-            rank, world_size = module.global_rank, module.trainer.world_size
-            of_step = len(batch.problems) * batch.group_size
-            batch.share = share_of_rank(of_step, module.updates_per_step, rank, world_size)
-        batch.rollouts = self._collector.collect(batch, prompt, sampling, grader)
-        return {"sync": synced - started, **self._collector.seconds}
 
     def on_train_start(self, trainer: Trainer, pl_module: RLVRModule) -> None:
         """Start the clock of the first step."""
@@ -209,8 +207,12 @@ class RolloutCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: RLVRModule, batch: ProblemBatch, batch_idx: int) -> None:
         """Attach this step's rollouts and log what they say."""
         started = time.perf_counter()
-        seconds = self._attach(pl_module, batch, self.prompt, self.sampling)
-        self.engine.sleep()
+        seconds = self.sampler.take_ahead(pl_module, batch) if self.overlap else None
+        seconds = seconds or self.sampler.attach(pl_module, batch, self.prompt, self.sampling)
+        if not self.overlap:
+            self.engine.sleep()
+        elif (pl_module.steps_done + 1) * pl_module.updates_per_step < trainer.max_steps:
+            seconds["sync"] += self.sampler.begin_ahead(pl_module, batch.step + 1, self.prompt, self.sampling)
         seconds["wait"] = self._wait_for_other_ranks(trainer)
         assert batch.rollouts is not None
         metrics = self._metrics.to(pl_module.device)
@@ -218,7 +220,11 @@ class RolloutCallback(Callback):
         metrics.update(batch.rollouts)
         generated = sum(len(r.completion.token_ids) for r in batch.rollouts)
         values: dict[str, Any] = {f"rollout/{key}": value.float() for key, value in metrics.compute().items()}
-        values["rollout/tokens_per_s"] = generated / max(seconds["generate"], 1e-9)
+        assert self._collector is not None
+        values["rollout/tokens_per_s"] = generated / max(self._collector.seconds.get("generate", 0.0), 1e-9)
+        ages = [pl_module.policy_version - r.policy_version for r in batch.rollouts]
+        values["rollout/staleness"] = max(ages, default=0) / pl_module.updates_per_step
+        values["rollout/restarts"] = float(self.sampler.restarts)
         values |= {f"time/{part}_s": value for part, value in seconds.items()}
         pl_module.log_dict(values, batch_size=len(batch.rollouts))
         between_steps, whole = started - self._step_started, time.perf_counter() - started
@@ -260,7 +266,7 @@ class RolloutCallback(Callback):
         # Syncing and scoring are collective for a sharded policy: all ranks skip them, or none.
         if trainer.strategy.reduce_boolean_decision(bool(todo), all=False):
             if eval_set.likelihood is None:
-                self._attach(module, rest, template, sampling, eval_set.grader)
+                self.sampler.attach(module, rest, template, sampling, eval_set.grader)
             else:
                 with trainer.precision_plugin.forward_context():
                     rest.rollouts = choose(
@@ -306,7 +312,9 @@ class RolloutCallback(Callback):
 
     def close(self) -> None:
         """End the engine and the grading processes. Idempotent."""
-        self.engine.close()
+        self.engine.close()  # first: what is being sampled ahead ends with an error
+        if self._sampler is not None:
+            self._sampler.settle()
         self.verifier.close()
         if self._collector is not None:
             self._collector.graders.close()
@@ -330,18 +338,3 @@ def peak_memory_gib() -> float:
     if status.is_file():  # getrusage would begin with the peak of the process that started this one
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:")) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def describe_problems(data: ProblemDataModule) -> str:
-    """Return what is trained on, how often each problem comes, and what is odd about the files, one line each."""
-    problems, visits = data.train_problems, data.problems_per_step / len(data.train_problems)
-    if len(problems) == 1:
-        what = f"{problems[0].question!r} -> {problems[0].answer}, in every group"
-    else:
-        often = f"each {visits:g} times a step" if visits >= 1 else f"each once in {1 / visits:g} steps"
-        what = f"{len(problems)} problems, {often}" + (" on average" if len(set(data.train_weights or ())) > 1 else "")
-    notes = list(data.notes)
-    if data.changes:
-        notes.append(f"{len(data.changes)} of their questions and answers are changed on purpose: see perturbed.jsonl")
-    rest = [f"... and {len(notes) - 8} more such lines (`rlvr problems FILE` shows all)"] if len(notes) > 8 else []
-    return "\n             ".join([what, *notes[:8], *rest])

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.generation.logits_process import LogitsProcessorList, TopPLogitsWarper
 
-from rlvr_lightning.engines import Listener, RolloutEngine, Sampling, WeightSource, require_weights
+from rlvr_lightning.engines import Listener, RolloutEngine, Sampling, Sent, WeightSource, require_weights
 from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.records import Completion
 
@@ -33,6 +33,7 @@ class HFEngine(RolloutEngine):
         if batch_size < 1:
             raise ConfigError(f"rollout.engine.batch_size is {batch_size}: set it to 1 or more")
         self.version: int | None = None
+        self.checksum: str | None = None
         self._dtype = dtype
         self._batch_size = batch_size
         self._model: PreTrainedModel | None = None
@@ -46,6 +47,7 @@ class HFEngine(RolloutEngine):
 
     def sync(self, weights: WeightSource, version: int, *, window: int) -> None:
         """Point at the live model, or copy the full weights when the live one is sharded (collective then)."""
+        self.version = self.checksum = None
         self._model = weights.live_model or self._copy_of(weights)
         self._tokenizer, self._eos = weights.tokenizer, weights.eos_token_ids
         self._compute_dtype = weights.dtype if self._dtype == "auto" else getattr(torch, self._dtype)
@@ -55,11 +57,13 @@ class HFEngine(RolloutEngine):
         if self._copy is None:
             self._copy = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(weights.model_path)).eval()
         copy: Any = self._copy
-        state = dict(weights.tensors())
+        sent = Sent(weights, torch.float32)
+        state = dict(sent)
         missing, unexpected = copy.load_state_dict(state, strict=False)
         tied = set(getattr(copy, "_tied_weights_keys", None) or ())
         if unexpected or set(missing) - tied:
             raise RuntimeError(f"the engine's copy and the policy differ: missing {missing}, unexpected {unexpected}")
+        self.checksum = sent.checksum
         return copy.to(next(iter(state.values())).device)
 
     @torch.no_grad()
@@ -133,13 +137,17 @@ class HFEngine(RolloutEngine):
             return nullcontext()
         return torch.autocast(device.type, dtype=self._compute_dtype)
 
+    def restart(self) -> None:
+        """Forget the model: nothing runs here that could die alone."""
+        self.close()
+
     def sleep(self) -> None:
         """Nothing to give back: the weights are the learner's."""
 
     def close(self) -> None:
         """Forget the model."""
         self._model = self._copy = None
-        self.version = None
+        self.version = self.checksum = None
 
 
 class _SeededSampler(LogitsProcessor):

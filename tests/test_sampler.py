@@ -1,0 +1,147 @@
+"""Runs whose engine dies, and runs that sample a step ahead: a real vLLM server, killed for real."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from lightning.pytorch import Callback, Trainer
+
+from rlvr_lightning.callbacks.rollout import RolloutCallback
+from rlvr_lightning.data import SingleExampleDataModule
+from rlvr_lightning.engines import EngineDiedError
+from rlvr_lightning.engines.hf import HFEngine
+from rlvr_lightning.engines.server import VLLMServerEngine
+from rlvr_lightning.errors import ConfigError
+from rlvr_lightning.losses import Objective
+from rlvr_lightning.module import RLVRModule
+from rlvr_lightning.optimizer import AdamW
+from rlvr_lightning.policy import PolicyConfig
+from test_training import SAMPLING, Record, RuleVerifier, lasting, no_digit
+
+STEPS = 4
+PLAIN = Objective(kl_coef=0.0, entropy_coef=0.01)
+CORRECTED = Objective(kl_coef=0.0, entropy_coef=0.01, importance_cap=2.0)
+
+
+class KillServer(Callback):
+    """Kills the engine's server, with all that it started, before a step samples."""
+
+    def __init__(self, step: int, *, for_good: bool = False) -> None:
+        self.step = step
+        self.for_good = for_good
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch.step == self.step:
+            (source,) = (c for c in trainer.callbacks if isinstance(c, RolloutCallback))  # type: ignore[attr-defined]
+            engine = source.engine
+            assert isinstance(engine, VLLMServerEngine)
+            assert engine._server is not None
+            for pid in engine._server.pids[1:]:
+                psutil.Process(pid).kill()
+            if self.for_good:
+                engine._start = [sys.executable, "-c", "raise SystemExit('gone for good')"], {}
+
+
+def run(
+    model: Path, root: Path, *extra: Callback, engine: Any = None, ckpt_path: Path | None = None, **settings: Any
+) -> tuple[Record, RLVRModule]:
+    record = Record()
+    objective = settings.pop("objective", PLAIN)
+    source = RolloutCallback(
+        engine=engine or VLLMServerEngine(dtype="float32", kv_cache_gib=0.05),
+        sampling=SAMPLING,
+        verifier=RuleVerifier(no_digit),
+        **settings,
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        inference_mode=False,
+        num_sanity_val_steps=0,
+        max_steps=STEPS,
+        default_root_dir=root,
+        callbacks=[*extra, source, record],
+    )
+    module = RLVRModule(policy=PolicyConfig(model=str(model)), objective=objective, optimizer=AdamW(lr=3e-3))
+    data = SingleExampleDataModule(question="say a word", answer="1", problems_per_step=2)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=False if ckpt_path else None)
+    return record, module
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays() -> Iterator[None]:
+    before = {p.pid for p in psutil.Process().children(recursive=True)}
+    yield
+    started = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
+    assert [p for p in started if "vllm" in " ".join(p.cmdline())] == []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Record:
+    return run(tiny_model, tmp_path_factory.mktemp("undisturbed"))[0]
+
+
+def steady(metrics: dict[str, float]) -> dict[str, float]:
+    return {k: v for k, v in lasting(metrics).items() if k != "rollout/restarts"}
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_an_engine_that_dies_is_started_again_and_the_run_is_the_same(
+    tiny_model: Path, tmp_path: Path, undisturbed: Record, capsys: pytest.CaptureFixture[str]
+):
+    record, _ = run(tiny_model, tmp_path, KillServer(2))
+    assert "the engine failed; trying again, at most 3 time(s)" in capsys.readouterr().out
+    assert record.rollouts() == undisturbed.rollouts()
+    assert [*map(steady, record.metrics)] == [*map(steady, undisturbed.metrics)]
+    assert [m["rollout/restarts"] for m in record.metrics] == [0, 0, 1, 1]
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_an_engine_that_is_lost_leaves_a_checkpoint_that_resumes_at_its_step(
+    tiny_model: Path, tmp_path: Path, undisturbed: Record
+):
+    with pytest.raises(EngineDiedError, match=r"(?s)failed 2 time\(s\) in a row.*saved after update 2; to go on:\n  rlvr fit"):
+        run(tiny_model, tmp_path, KillServer(2, for_good=True), max_restarts=1)
+    record, _ = run(tiny_model, tmp_path, ckpt_path=tmp_path / "checkpoints" / "interrupted.ckpt")
+    assert record.rollouts() == undisturbed.rollouts()[2:]
+    assert [*map(steady, record.metrics)] == [*map(steady, undisturbed.metrics[2:])]
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_sampling_ahead_is_one_step_old_and_the_same_every_time(tiny_model: Path, tmp_path: Path, undisturbed: Record):
+    first, second = (run(tiny_model, tmp_path, overlap=True, objective=CORRECTED)[0] for _ in range(2))
+    assert [m["rollout/staleness"] for m in first.metrics] == [0, 1, 1, 1]
+    assert [{r.policy_version for r in step} for step in first.rollouts()] == [{0}, {0}, {1}, {2}]
+    assert first.rollouts() == second.rollouts()
+    assert [*map(steady, first.metrics)] == [*map(steady, second.metrics)]
+    assert first.rollouts()[0] == undisturbed.rollouts()[0]
+    # The second step has the seeds of the undisturbed run's and the weights of its first.
+    assert [r.completion.token_ids[0] for r in first.rollouts()[1]] != [r.completion.token_ids for r in first.rollouts()[0]]
+    assert first.rollouts()[2] != undisturbed.rollouts()[2]
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_an_engine_that_dies_while_sampling_ahead_is_started_again(tiny_model: Path, tmp_path: Path):
+    record, _ = run(tiny_model, tmp_path, KillServer(2), overlap=True, objective=CORRECTED)
+    assert len(record.metrics) == STEPS
+    assert record.metrics[-1]["rollout/staleness"] == 1
+
+
+def test_sampling_ahead_needs_another_process_and_a_correction(tiny_model: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"rollout\.overlap is set and HFEngine samples in the learner's process"):
+        RolloutCallback(engine=HFEngine(), overlap=True)
+    with pytest.raises(ConfigError, match=r"model\.objective\.importance_cap is not set"):
+        run(tiny_model, tmp_path, overlap=True)
+    with pytest.raises(ConfigError, match=r"rollout\.max_restarts is -1"):
+        RolloutCallback(engine=HFEngine(), max_restarts=-1)
