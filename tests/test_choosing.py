@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from rlvr_lightning.callbacks.history import HistoryCallback
 from rlvr_lightning.callbacks.rollout import RolloutCallback
-from rlvr_lightning.cli import check_checkpoint
+from rlvr_lightning.checkpoints import check_checkpoint
 from rlvr_lightning.data import SubsetDataModule
 from rlvr_lightning.engines import Sampling
 from rlvr_lightning.engines.hf import HFEngine

@@ -78,7 +78,7 @@ def keys_in_source() -> set[str]:
         and call.func.attr == "_timed"
         and isinstance(call.args[0], ast.Constant)
     }
-    parts = timed | {"sync", "generate", "grade", "wait"}  # RolloutCallback._attach and Collector.seconds
+    parts = timed | {"sync", "generate", "grade", "wait"}  # Sampler.attach and Collector.seconds
     expansions = {
         "rollout/{key}": {f"rollout/{m}" for m in means},
         "time/{part}_s": {f"time/{p}_s" for p in parts},

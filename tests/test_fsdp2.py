@@ -7,7 +7,7 @@ wait for each other forever has a launch of its own with a short timeout.
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,9 @@ from rlvr_lightning.engines.hf import HFEngine
 from rlvr_lightning.losses import Objective
 from rlvr_lightning.module import RLVRModule
 from rlvr_lightning.optimizer import AdamW
-from rlvr_lightning.policy import PolicyConfig
+from rlvr_lightning.policy import LoRA, PolicyConfig
 from rlvr_lightning.records import Completion, Problem, ProblemBatch, Rollout, Score
-from rlvr_lightning.strategies import FSDP2Strategy
+from rlvr_lightning.strategies import FSDP2Strategy, whole
 
 pytestmark = pytest.mark.multiprocess
 
@@ -124,10 +124,7 @@ class ProbeEngine(Callback):
 
 def full(module: RLVRModule) -> dict[str, Tensor]:
     """Every weight in one piece; all ranks must call it."""
-    return {
-        n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-        for n, p in [*module.policy.lm.named_parameters(), *of_critic(module)]
-    }
+    return {n: whole(p).detach().cpu().clone() for n, p in [*module.policy.lm.named_parameters(), *of_critic(module)]}
 
 
 def of_critic(module: RLVRModule) -> list[tuple[str, Tensor]]:
@@ -151,14 +148,22 @@ def train(
     timeout_s: int = 120,
     ckpt_path: str | None = None,
     consolidated: bool = False,
+    offload: bool = False,
+    offload_reference: bool = False,
+    lora: LoRA | None = None,
+    precision: Any = "32-true",
+    accelerator: str = "cpu",
+    sharded: bool | None = None,
     **settings: Any,
 ) -> tuple[RLVRModule, Record]:
     """Train in ``world`` processes, of which this is one."""
     record = Record()
+    fsdp2 = FSDP2Strategy(save_distributed_checkpoint=not consolidated, timeout_s=timeout_s, offload=offload)
     trainer = Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
         devices=world,
-        strategy=FSDP2Strategy(save_distributed_checkpoint=not consolidated, timeout_s=timeout_s) if world > 1 else "auto",
+        strategy=fsdp2 if sharded or world > 1 else "auto",
+        precision=precision,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -175,7 +180,10 @@ def train(
         "optimizer": AdamW(lr=3e-3, eps=1e-4),
         "mismatch_limit": float("inf"),
     }
-    module = RLVRModule(policy=PolicyConfig(model=model, share_prefixes=share_prefixes), **(defaults | settings))
+    torch.manual_seed(0)  # adapters begin at random
+    policy = PolicyConfig(model=model, share_prefixes=share_prefixes, lora=lora)
+    module = RLVRModule(policy=policy, **(defaults | settings))
+    module.offload_reference = offload_reference
     data = SingleExampleDataModule(question="say a word", answer="1", problems_per_step=4)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=False if ckpt_path else None)
     return module, record
@@ -223,46 +231,48 @@ def all_scenarios(model: str, root: Path) -> dict[str, Any]:
     return found
 
 
-SCENARIOS = {f.__name__: f for f in (all_scenarios,)}
+Scenario = Callable[[str, Path], dict[str, Any]]
 
 
-def _rank(rank: int, scenario: str, model: str, root: str, port: int) -> None:
+def _rank(rank: int, scenario: Scenario, model: str, root: str, port: int, world: int) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "GROUP_RANK": "0",
-        "WORLD_SIZE": str(WORLD),
-        "LOCAL_WORLD_SIZE": str(WORLD),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "test",  # what tells Lightning that the processes are there already
     }
     torch.set_num_threads(1)
-    found = SCENARIOS[scenario](model, Path(root))
+    found = scenario(model, Path(root))
     torch.save(found, Path(root) / f"rank{rank}.pt")
 
 
-def launch(scenario: str, model: Path, root: Path, *, limit_s: int = 400) -> list[dict[str, Any]]:
-    """Run a scenario in two processes; return what each found."""
+def launch(
+    scenario: Scenario, model: Path | str, root: Path, *, limit_s: int = 400, world: int = WORLD
+) -> list[dict[str, Any]]:
+    """Run a scenario in processes of its own; return what each found."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = mp.spawn(_rank, args=(scenario, str(model), str(root), port), nprocs=WORLD, join=False)
+    ranks = mp.spawn(_rank, args=(scenario, str(model), str(root), port, world), nprocs=world, join=False)
     deadline = time.monotonic() + limit_s
     try:
         while not ranks.join(timeout=1, grace_period=2):  # a rank that waits for one that failed is killed
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{scenario} still runs after {limit_s} s")
+                raise TimeoutError(f"{scenario.__name__} still runs after {limit_s} s")
     finally:
         for process in ranks.processes:
             process.kill()
-    return [torch.load(root / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    return [torch.load(root / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
 
 
 @pytest.fixture(scope="module")
 def two(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes found, per rank."""
-    return launch("all_scenarios", tiny_model, tmp_path_factory.mktemp("two"))
+    return launch(all_scenarios, tiny_model, tmp_path_factory.mktemp("two"))
 
 
 def largest_gap(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:

@@ -19,7 +19,7 @@ LAYERS = [
     "grading.paper_text grading.paper_normal grading.paper_expr grading.paper_train grading.paper_eval "
     "grading.paper_eval_keep_units",
     "grading grading.worker",
-    "verify prompts advantages schedule losses logprobs prefix_tree batching models jsonl metrics strategies optimizer "
+    "verify prompts advantages schedule losses logprobs prefix_tree batching models jsonl metrics checkpoints strategies optimizer "
     "engines engines.hf engines.vllm engines.client engines.device_transfer engines.process engines.server engines.supervise "
     "engines.transfer engines.worker grade",
     "evaluation evaluation.module evaluation.reading evaluation.synthetic evaluation.suite evaluation.statistics "
@@ -30,7 +30,7 @@ LAYERS = [
     "callbacks callbacks.rollout callbacks.evaluation callbacks.history callbacks.transcripts callbacks.checkpoint "
     "callbacks.export callbacks.progress callbacks.saturation callbacks.header callbacks.sampler",
     "cli sweep",
-    "quickstart doctor",
+    "quickstart doctor export",
     "package __main__",
 ]
 """From left to right. Within a layer the order is free, as long as nothing goes in a circle."""

@@ -14,6 +14,7 @@ rlvr: train a reasoning model with verifiable rewards, from one example up
   rlvr grade ...                  grade completions that are already in a file (`rlvr grade --help`)
   rlvr problems FILE ...          check data files: every bad row, copies, duplicates (`rlvr problems --help`)
   rlvr rank RUN --out FILE        rank training problems by how their accuracy varied (`rlvr rank --help`)
+  rlvr export ...                 a checkpoint's policy as a Hugging Face folder (`rlvr export --help`)
   rlvr doctor [--config ...]      what this machine has, and whether a run fits (`rlvr doctor --help`)
 
   rlvr fit --model conf/model/smollm2.yaml --data conf/data/three-plus-four.yaml \\
@@ -55,6 +56,8 @@ def main() -> int:
                 from rlvr_lightning.grade import main as run
             elif args[0] == "problems":
                 from rlvr_lightning.check import main as run
+            elif args[0] == "export":
+                from rlvr_lightning.export import main as run
             elif args[0] == "doctor":
                 from rlvr_lightning.doctor import main as run
             elif args[0] == "rank":
@@ -62,7 +65,7 @@ def main() -> int:
             else:
                 raise ConfigError(
                     f"no command {args[0]!r}: use quickstart, fit, validate, test, predict, sweep, compare, grade, problems, "
-                    "rank or doctor"
+                    "rank, export or doctor"
                 )
         return run(args)
     except ConfigError as error:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from rlvr_lightning.batching import Costs, RolloutBatch
@@ -93,20 +94,28 @@ class Backbone(nn.Module):
         # 2 flops per weight and token; 4 per query, key and channel, at about a third of the speed of a matrix product
         return Costs(pair=3 * 4 * layers * heads * head_dim / (2 * linear), prediction=head / linear)
 
-    def shard(self, mesh: "DeviceMesh", param_dtype: torch.dtype | None) -> None:
+    @property
+    def device(self) -> torch.device:
+        """Where the passes run: with CPU offload not where the weights are."""
+        weight = next(self.parameters())
+        return torch.device(weight.device_mesh.device_type) if isinstance(weight, DTensor) else weight.device
+
+    def shard(self, mesh: "DeviceMesh", param_dtype: torch.dtype | None, *, offload: bool = False) -> None:
         """Shard every decoder block and then the rest over ``mesh`` with FSDP2; gradients are reduced in fp32.
 
         Args:
             mesh: one-dimensional data-parallel mesh.
             param_dtype: dtype in which parameters are gathered and used; None keeps fp32.
+            offload: hold parameters and gradients in main memory; a block's come to the device for its pass.
         """
         self.dtype = param_dtype or torch.float32
         precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+        place = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
         blocks = set(self.lm._no_split_modules or [])
         for module in list(self.lm.modules()):
             if type(module).__name__ in blocks:
-                fully_shard(module, mesh=mesh, mp_policy=precision)
-        fully_shard(self, mesh=mesh, mp_policy=precision)
+                fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=place)
+        fully_shard(self, mesh=mesh, mp_policy=precision, offload_policy=place)
 
 
 class ValueHead(nn.Module):

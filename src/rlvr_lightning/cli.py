@@ -6,9 +6,7 @@ import logging
 import re
 import sys
 import warnings
-import zipfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
@@ -23,6 +21,7 @@ from rlvr_lightning.callbacks.progress import ProgressCallback
 from rlvr_lightning.callbacks.rollout import RolloutCallback
 from rlvr_lightning.callbacks.saturation import SaturationCallback
 from rlvr_lightning.callbacks.transcripts import TranscriptCallback
+from rlvr_lightning.checkpoints import check_checkpoint
 from rlvr_lightning.critic import CriticConfig
 from rlvr_lightning.data import EvalDataModule, ProblemDataModule, SingleExampleDataModule, SubsetDataModule
 from rlvr_lightning.engines import Sampling
@@ -160,19 +159,6 @@ class RLVRCLI(LightningCLI):
                 logger.truncate_after(-1)  # a fresh run in an old folder starts its file anew
         if self._get(self.config, "evaluate_first") and self.datamodule.eval_sets:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-
-
-def check_checkpoint(path: str) -> None:
-    """Raise ConfigError unless ``path`` looks like a checkpoint of this project: a file, or a folder of shards.
-
-    Reads a few bytes, not the weights.
-    """
-    place = Path(path)
-    if not place.exists():
-        raise ConfigError(f"checkpoint {path!r} does not exist: give --ckpt_path a file or folder under <run>/checkpoints")
-    complete = (place / "meta.pt").is_file() if place.is_dir() else zipfile.is_zipfile(place)
-    if not complete:
-        raise ConfigError(f"checkpoint {path!r} cannot be read: it is no checkpoint, or was cut off while being written")
 
 
 def main(args: list[str]) -> int:

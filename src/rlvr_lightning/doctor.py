@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
-import httpx
 import psutil
 import torch
 from huggingface_hub import constants, scan_cache_dir, try_to_load_from_cache
@@ -256,13 +257,12 @@ def hub(timeout_s: float = 3.0) -> Iterator[Finding]:
         yield Finding("ok", "hub", "offline (HF_HUB_OFFLINE): only models on this disk")
     else:
         try:
-            httpx.head(constants.ENDPOINT, timeout=timeout_s)
+            with contextlib.suppress(HTTPError):  # it answered
+                urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=timeout_s).close()
             yield Finding("ok", "hub", f"{constants.ENDPOINT} can be reached")
-        except httpx.HTTPError as error:
-            reason = str(error) or type(error).__name__
-            yield Finding(
-                "warning", "hub", f"{constants.ENDPOINT} cannot be reached ({reason}): set HF_HUB_OFFLINE=1, use folders"
-            )
+        except OSError as error:
+            text = f"{constants.ENDPOINT} cannot be reached ({error}): set HF_HUB_OFFLINE=1, use folders"
+            yield Finding("warning", "hub", text)
     try:
         cache = scan_cache_dir()
         models = [repo for repo in cache.repos if repo.repo_type == "model"]

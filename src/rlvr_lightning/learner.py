@@ -1,6 +1,8 @@
 """The half of the Lightning module that holds models: loaded, sharded, optimized, saved."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -8,14 +10,17 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.distributed.tensor import DTensor
 
 from rlvr_lightning.backbone import Backbone
+from rlvr_lightning.checkpoints import CheckpointFiles, check_fits
 from rlvr_lightning.critic import Critic, CriticConfig
 from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.evaluation.module import EvaluationModule
 from rlvr_lightning.models import bf16_speedup
 from rlvr_lightning.optimizer import AdamW, build_optimizer
 from rlvr_lightning.policy import Policy, PolicyConfig, PolicyWeights
+from rlvr_lightning.strategies import FSDP2Strategy
 
 _Model = TypeVar("_Model", bound=Backbone)
 
@@ -29,6 +34,7 @@ class LearnerModule(EvaluationModule):
         optimizer: of the policy, on fp32 master weights.
         updates_per_step: the policy's optimizer updates on one batch of rollouts.
         reflection_words: evaluation counts the responses that contain one of them (`metrics.ReflectionRate`).
+        offload_reference: keep the frozen reference in main memory, and on the device for its pass only.
     """
 
     policy: Policy
@@ -42,6 +48,7 @@ class LearnerModule(EvaluationModule):
         optimizer: AdamW,
         updates_per_step: int,
         reflection_words: Sequence[str],
+        offload_reference: bool = False,
     ) -> None:
         super().__init__(reflection_words)
         self.automatic_optimization = False
@@ -49,6 +56,7 @@ class LearnerModule(EvaluationModule):
         self.critic_config = critic
         self.optimizer_config = optimizer
         self.updates_per_step = updates_per_step
+        self.offload_reference = offload_reference
         self._reference: tuple[Policy, ...] = ()  # in a tuple: not a submodule, so never saved and never optimized
         self._loaded_version = 0
 
@@ -83,6 +91,7 @@ class LearnerModule(EvaluationModule):
     def setup(self, stage: str) -> None:
         """Refuse trainer settings that would have no effect or would spoil the run."""
         self.check_trainer(self.trainer, training=stage == "fit")
+        self.trainer.strategy.checkpoint_io = CheckpointFiles(optimizers=stage == "fit")
 
     def check_trainer(self, trainer: Trainer, *, training: bool) -> None:
         """Raise ConfigError for trainer settings that this module cannot work with; ``training``: for a fit."""
@@ -108,15 +117,20 @@ class LearnerModule(EvaluationModule):
         critic = self.critic_config
         if not hasattr(self, "policy"):
             head = critic.head(self.policy_config) if critic is not None and critic.shared_trunk else None
-            self.policy = self._shard(self.policy_config.build(head))
+            self.policy = self._shard(self.policy_config.build(head), offload=self._offloads)
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         if critic is not None and not critic.shared_trunk and fitting and not hasattr(self, "critic"):
-            self.critic = self._shard(critic.build(self.policy_config))
+            self.critic = self._shard(critic.build(self.policy_config), offload=self._offloads)
 
-    def _shard(self, model: _Model) -> _Model:
+    @property
+    def _offloads(self) -> bool:
+        return isinstance(self.trainer.strategy, FSDP2Strategy) and self.trainer.strategy.offload
+
+    def _shard(self, model: _Model, *, offload: bool) -> _Model:
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             assert self.device_mesh is not None
-            model.shard(self.device_mesh["data_parallel"], torch.bfloat16 if self.compute_dtype == torch.bfloat16 else None)
+            dtype = torch.bfloat16 if self.compute_dtype == torch.bfloat16 else None
+            model.shard(self.device_mesh["data_parallel"], dtype, offload=offload)
         return model
 
     def on_fit_start(self) -> None:
@@ -125,7 +139,8 @@ class LearnerModule(EvaluationModule):
         if self.uses_reference and self.policy_config.lora is None and not self._reference:
             sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)  # FSDP2 casts by itself
             reference = self.policy_config.build().freeze(torch.float32 if sharded else self.compute_dtype)
-            self._reference = (self._shard(reference).to(self.trainer.strategy.root_device),)
+            reference = self._shard(reference, offload=self.offload_reference)
+            self._reference = (reference if self.offload_reference else reference.to(self.trainer.strategy.root_device),)
         reason = self.policy.check_sharing()
         if hasattr(self, "critic"):
             self.critic.share = self.policy.share  # the same decoder
@@ -135,16 +150,31 @@ class LearnerModule(EvaluationModule):
             slower = f"bfloat16 matrix products run at {speedup:.2f} of the speed of float32 on this CPU"
             print(f"warning: {slower}: set trainer.precision to 32-true", flush=True)
 
+    @contextmanager
+    def reference(self) -> Iterator[Policy]:
+        """Lend the frozen first policy, on the device: with LoRA the policy itself, its adapters switched off."""
+        if not self._reference:
+            with self.policy.without_adapters():
+                yield self.policy
+            return
+        (reference,) = self._reference
+        with on_device(reference, self.device) if self.offload_reference else nullcontext():
+            yield reference
+
     def configure_optimizers(self) -> list[torch.optim.AdamW]:
         """Return the policy's AdamW, with a group for the value head of a shared trunk, and that of a critic's own copy."""
         weights, critic = dict(self.policy.named_parameters()), self.critic_config
         head = [weights.pop(name) for name in list(weights) if name.startswith("value_head.")]
+        of_policy = (self.optimizer_config, weights.values())
         if critic is None:
-            return [build_optimizer((self.optimizer_config, weights.values()))]
-        if critic.shared_trunk:
-            return [build_optimizer((self.optimizer_config, weights.values()), (critic.optimizer, head))]
-        of_policy, of_critic = (self.optimizer_config, weights.values()), (critic.optimizer, self.critic.parameters())
-        return [build_optimizer(of_policy), build_optimizer(of_critic)]
+            optimizers = [build_optimizer(of_policy)]
+        elif critic.shared_trunk:
+            optimizers = [build_optimizer(of_policy, (critic.optimizer, head))]
+        else:
+            optimizers = [build_optimizer(of_policy), build_optimizer((critic.optimizer, self.critic.parameters()))]
+        for optimizer in optimizers:
+            optimizer.register_load_state_dict_pre_hook(_keep_kernels)
+        return optimizers
 
     @property
     def policy_optimizer(self) -> LightningOptimizer:
@@ -161,7 +191,31 @@ class LearnerModule(EvaluationModule):
         self._loaded_version = checkpoint["global_step"]
         if not hasattr(self, "critic") and "state_dict" in checkpoint:  # evaluation has no use for one
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("critic.")}
+        if "state_dict" in checkpoint:  # FSDP2 has loaded, and checked, its weights already
+            shapes = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
+            check_fits(shapes, self, f"of {checkpoint.get('rlvr_model')}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record which model the weights belong to, so that a checkpoint explains itself."""
         checkpoint["rlvr_model"] = self.policy_config.model
+
+
+@contextmanager
+def on_device(model: _Model, device: torch.device) -> Iterator[_Model]:
+    """Lend a model whose weights lie in main memory to ``device``; FSDP2 fetches and drops a sharded model's by itself."""
+    tensors = [t for t in chain(model.parameters(), model.buffers()) if not isinstance(t, DTensor)]
+    at_home = [t.data for t in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.to(device, non_blocking=True)
+    try:
+        yield model
+    finally:
+        for tensor, data in zip(tensors, at_home, strict=True):
+            tensor.data = data
+
+
+def _keep_kernels(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Go on with this run's implementation of AdamW: a sharded and a whole model have different ones."""
+    pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    groups = [saved | {key: own[key] for key in ("fused", "foreach")} for saved, own in pairs]
+    return state | {"param_groups": groups}

@@ -42,6 +42,7 @@ class RLVRModule(LearnerModule):
         max_grad_norm: gradients are clipped to this global L2 norm.
         term_norms_every: steps between measurements of the gradient norm of each term of the loss by itself, which costs one
             more backward pass per term; 0: never.
+        offload_reference: keep the frozen reference in main memory, and on the device for its pass only.
         mismatch_limit: end the run, before any update, when engine and learner disagree about the log-probs of sampled
             tokens by more than this on average (nats); that is a bug or a stale engine, not noise.
         reflection_words: evaluation counts the responses that contain one of them (`metrics.ReflectionRate`).
@@ -60,10 +61,11 @@ class RLVRModule(LearnerModule):
         tokens_per_micro_batch: int = 16384,
         max_grad_norm: float = 1.0,
         term_norms_every: int = 0,
+        offload_reference: bool = False,
         mismatch_limit: float = 0.1,
         reflection_words: Sequence[str] = REFLECTION_WORDS,
     ) -> None:
-        super().__init__(policy, critic, optimizer, updates_per_step, reflection_words)
+        super().__init__(policy, critic, optimizer, updates_per_step, reflection_words, offload_reference)
         for key, value in (("updates_per_step", updates_per_step), ("tokens_per_micro_batch", tokens_per_micro_batch)):
             if value < 1:
                 raise ConfigError(f"model.{key} is {value}: set it to 1 or more")
@@ -322,10 +324,8 @@ class RLVRModule(LearnerModule):
         return score(data, self.policy, self.tokens_per_micro_batch)[0]
 
     def _reference_logprobs(self, data: RolloutBatch) -> Tensor:
-        if self._reference:
-            return score(data, self._reference[0], self.tokens_per_micro_batch)[0]
-        with self.policy.without_adapters():
-            return self.score(data)
+        with self.reference() as reference:
+            return score(data, reference, self.tokens_per_micro_batch)[0]
 
     def _check_mismatch(self, mean_abs: float) -> None:
         if not mean_abs <= self.mismatch_limit:

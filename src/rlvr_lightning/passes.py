@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from rlvr_lightning.batching import Plan, RolloutBatch, plan_micro_batches
+from rlvr_lightning.strategies import whole
 
 if TYPE_CHECKING:
     from rlvr_lightning.backbone import Backbone
@@ -88,4 +88,4 @@ def score(data: RolloutBatch, model: "Backbone", max_tokens: int) -> list[Tensor
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     """Scale the gradient down to at most this L2 norm, over all ranks; return the norm it had."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return whole(norm)

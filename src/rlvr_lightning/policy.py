@@ -23,6 +23,7 @@ from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.logprobs import token_logprobs_and_entropy
 from rlvr_lightning.models import load_config_and_tokenizer, resolve_model
 from rlvr_lightning.prefix_tree import ATTENTION
+from rlvr_lightning.strategies import whole
 
 
 class TokenStats(NamedTuple):
@@ -169,7 +170,7 @@ class Policy(Backbone):
         """
         if self.share is False or not self.config.check_sharing:
             return None
-        device = next(self.parameters()).device
+        device = self.device
         ids = torch.arange(5 * 24).view(5, 24) * 7919 % min(self.lm.config.vocab_size, 30000)
         ids[1:, :12], ids[2:, :16] = ids[0, :12], ids[1, :16]  # a common prompt, and a branch further on
         lengths = (24, 20, 24, 23, 24)
@@ -249,8 +250,7 @@ class PolicyWeights:
         for name, tensor in lm.state_dict().items():
             if "lora_" in name or name in tied:
                 continue
-            tensor = merged[name]() if name in merged else tensor
-            yield name.replace(".base_layer.", "."), (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+            yield name.replace(".base_layer.", "."), (merged[name]() if name in merged else whole(tensor))
 
 
 def _eos_token_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -279,11 +279,11 @@ def _add_adapters(lm: PreTrainedModel, lora: LoRA) -> None:
 
 
 def _merged_weights(lm: PreTrainedModel) -> dict[str, Any]:
-    """Map the name of each adapted weight to a function that returns weight + adapter."""
+    """Map the name of each adapted weight to a function that returns weight + adapter in one piece; collective if sharded."""
     from peft.tuners.lora import LoraLayer
 
     def merge(layer: Any) -> Tensor:
-        return layer.get_base_layer().weight + layer.get_delta_weight("default")
+        return whole(layer.get_base_layer().weight + layer.get_delta_weight("default"))
 
     layers = {n: m for n, m in lm.named_modules() if isinstance(m, LoraLayer)}
     return {f"{name}.base_layer.weight": (lambda layer=layer: merge(layer)) for name, layer in layers.items()}

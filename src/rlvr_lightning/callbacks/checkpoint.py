@@ -1,6 +1,5 @@
 """Checkpoints at intervals, and one more when the run is asked to stop."""
 
-import shutil
 import signal
 from pathlib import Path
 from types import FrameType
@@ -9,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from rlvr_lightning.checkpoints import discard, scratch_of
 from rlvr_lightning.errors import ConfigError
 from rlvr_lightning.module import RLVRModule
 
@@ -16,7 +16,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class CheckpointCallback(Checkpoint):
-    """Saves resumable checkpoints to ``<root>/checkpoints``.
+    """Saves resumable checkpoints to ``<root>/checkpoints``. What bears a checkpoint's name there is complete.
 
     The first Ctrl-C or SIGTERM lets the current step finish, saves ``interrupted.ckpt`` and ends the run; the second ends
     it at once. Not Lightning's ModelCheckpoint, which expects models optimized by hand to hold a copy of their weights.
@@ -37,8 +37,11 @@ class CheckpointCallback(Checkpoint):
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: RLVRModule) -> None:
-        """Take over the two signals that ask a run to stop."""
+        """Take over the two signals that ask a run to stop; delete what a killed run was in the middle of writing."""
         self.stopped_by = None
+        if trainer.is_global_zero:
+            for leftover in (Path(trainer.default_root_dir) / "checkpoints").glob(scratch_of(Path("*.ckpt")).name):
+                discard(leftover)
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._on_signal)
 
@@ -56,18 +59,16 @@ class CheckpointCallback(Checkpoint):
             if trainer.is_global_zero:
                 self._prune(folder)
         if trainer.strategy.reduce_boolean_decision(self.stopped_by is not None, all=False):
-            path = folder / "interrupted.ckpt"
-            trainer.save_checkpoint(path)
             trainer.should_stop = True
+            command = save_interrupted(trainer)
             if trainer.is_global_zero:
-                config = Path(trainer.default_root_dir) / "run.yaml"
-                print(f"stopped after update {trainer.global_step}; to go on:\n  rlvr fit --config {config} --ckpt_path {path}")
+                print(f"stopped after update {trainer.global_step}; to go on:\n  {command}")
 
     def _prune(self, folder: Path) -> None:
         """Delete all but the latest ``keep`` checkpoints, once the newest is complete."""
         checkpoints = sorted(folder.glob("step-*.ckpt"), key=lambda path: path.stat().st_mtime)
         for old in checkpoints[: len(checkpoints) - self.keep] if self.keep > 0 else []:
-            shutil.rmtree(old) if old.is_dir() else old.unlink()  # a folder when every rank writes its shard
+            discard(old)
 
     def _restore_signals(self) -> None:
         for number, handler in self._previous.items():
@@ -81,3 +82,11 @@ class CheckpointCallback(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: RLVRModule, exception: BaseException) -> None:
         """Give the signals back."""
         self._restore_signals()
+
+
+def save_interrupted(trainer: Trainer) -> str:
+    """Save ``checkpoints/interrupted.ckpt``; return the command that goes on from it. Collective."""
+    root = Path(trainer.default_root_dir)
+    path = root / "checkpoints" / "interrupted.ckpt"
+    trainer.save_checkpoint(path)
+    return f"rlvr fit --config {root / 'run.yaml'} --ckpt_path {path}"

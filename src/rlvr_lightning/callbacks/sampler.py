@@ -2,11 +2,9 @@
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from pathlib import Path
-
-from lightning.pytorch import Trainer
 
 from rlvr_lightning.batching import share_of_rank
+from rlvr_lightning.callbacks.checkpoint import save_interrupted
 from rlvr_lightning.data import ProblemLoader
 from rlvr_lightning.engines import EngineDiedError, RolloutEngine, Sampling, StaleEngineError
 from rlvr_lightning.module import RLVRModule
@@ -64,7 +62,7 @@ class Sampler:
         loader = module.trainer.train_dataloader
         if batch.name == "train" and isinstance(loader, ProblemLoader):
             loader.repeat()
-            reason += f"\n{save_interrupted(module.trainer)}"
+            reason += f"\nsaved after update {module.trainer.global_step}; to go on:\n  {save_interrupted(module.trainer)}"
         raise EngineDiedError(reason) from failure
 
     def _try(
@@ -130,11 +128,3 @@ def share(module: RLVRModule, batch: ProblemBatch, sampling: Sampling) -> None:
     if batch.name == "train":
         of_step = len(batch.problems) * batch.group_size
         batch.share = share_of_rank(of_step, module.updates_per_step, module.global_rank, module.trainer.world_size)
-
-
-def save_interrupted(trainer: Trainer) -> str:
-    """Save ``checkpoints/interrupted.ckpt``; return what tells how to go on."""
-    root = Path(trainer.default_root_dir)
-    path = root / "checkpoints" / "interrupted.ckpt"
-    trainer.save_checkpoint(path)
-    return f"saved after update {trainer.global_step}; to go on:\n  rlvr fit --config {root / 'run.yaml'} --ckpt_path {path}"
