@@ -33,31 +33,36 @@ PAPER = {
 SETS = ("addition_1digit", "subtraction_1digit", "addition_2digit")
 
 
+SEEDS = Path(__file__).with_name("ablation.json")
+"""Row -> seed -> last values, of every run that was made for the table."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="of the sweep, or of several")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("folders", type=Path, nargs="*", help="of sweeps: their runs are added to benchmarks/ablation.json")
+    parser.add_argument("--json", action="store_true", help="print the content of that file instead of a table")
     args = parser.parse_args()
-    runs: dict[int, list[Path]] = {}
-    for job in read_jobs(args.folder):
+    found: dict[str, dict[str, dict[str, float | None]]] = json.loads(SEEDS.read_text()) if SEEDS.is_file() else {}
+    for job in (job for folder in args.folders for job in read_jobs(folder)):
         if (row := re.fullmatch(r"paper/cpu/row(\d+)", job.overrides.get("experiment", ""))) and job.status == 0:
-            runs.setdefault(int(row[1]), []).append(job.folder)
-    found = {}
-    for row in sorted(runs):
-        values = {name: [last_value(run, f"val/{name}/accuracy") for run in runs[row]] for name in SETS}
-        values |= {"reward": [last_value(run, "rollout/reward") for run in runs[row]]}
-        values |= {"entropy": [last_value(run, "train/entropy") for run in runs[row]]}
-        found[row] = {name: mean_and_interval([v for v in each if v is not None]) for name, each in values.items()}
-        found[row]["seeds"] = (len(runs[row]), None)
+            keys = {name: f"val/{name}/accuracy" for name in SETS} | {"reward": "rollout/reward", "entropy": "train/entropy"}
+            values = {name: last_value(job.folder, key) for name, key in keys.items()}
+            found.setdefault(row[1], {})[job.overrides["seed_everything"]] = values
+    if args.folders:
+        ordered = {row: dict(sorted(found[row].items())) for row in sorted(found, key=int)}
+        SEEDS.write_text(json.dumps(ordered, indent=1) + "\n")
+        found = ordered
     if args.json:
         print(json.dumps(found, indent=2))
         return
-    heads = ("row", "terms", "other sums", "differences", "two-digit sums", "training reward", "entropy", "paper, MATH500")
+    heads = ("row", "terms", "seeds", "other sums", "differences", "two-digit sums", "reward", "entropy", "paper, MATH500")
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
-    for row, of in found.items():
-        cells = [f"{of[name][0]:.2f}" + (f" +- {of[name][1]:.2f}" if of[name][1] is not None else "") for name in SETS]
-        cells += [f"{of['reward'][0]:.2f}", f"{of['entropy'][0]:.2f}"]
-        print(f"| {row} | {PAPER[row][0]} | {' | '.join(cells)} | {PAPER[row][1]} |")
+    for row, seeds in found.items():
+        cells = [str(len(seeds))]
+        for name in (*SETS, "reward", "entropy"):
+            mean, half_width = mean_and_interval([value for run in seeds.values() if (value := run[name]) is not None])
+            cells.append(f"{mean:.2f}" + (f" +- {half_width:.2f}" if half_width is not None and name in SETS else ""))
+        print(f"| {row} | {PAPER[int(row)][0]} | {' | '.join(cells)} | {PAPER[int(row)][1]} |")
 
 
 if __name__ == "__main__":

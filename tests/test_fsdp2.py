@@ -182,8 +182,7 @@ def train(
     }
     torch.manual_seed(0)  # adapters begin at random
     policy = PolicyConfig(model=model, share_prefixes=share_prefixes, lora=lora)
-    module = RLVRModule(policy=policy, **(defaults | settings))
-    module.offload_reference = offload_reference
+    module = RLVRModule(policy=policy, offload_reference=offload_reference, **(defaults | settings))
     data = SingleExampleDataModule(question="say a word", answer="1", problems_per_step=4)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=False if ckpt_path else None)
     return module, record

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+import torch
 from lightning.pytorch import Callback, Trainer
 
 from rlvr_lightning.callbacks.header import describe_run
@@ -21,6 +22,7 @@ from rlvr_lightning.memory import check, plan_run
 from rlvr_lightning.metrics import rollout_metrics
 from rlvr_lightning.models import load_config_and_tokenizer
 from rlvr_lightning.module import RLVRModule
+from rlvr_lightning.passes import greatest
 from rlvr_lightning.prompts import PromptTemplate
 from rlvr_lightning.records import ProblemBatch
 from rlvr_lightning.rollout import Collector, Scorer
@@ -249,7 +251,7 @@ class RolloutCallback(Callback):
                 "time/other_s": self._other,
                 "time/step_s": ended - self._step_started,
                 "memory/rss_gib": psutil.Process().memory_info().rss / 2**30,
-                "memory/peak_gib": peak_memory_gib(),
+                "memory/peak_gib": greatest(torch.tensor(peak_memory_gib(), device=pl_module.device)),
             }
         )
         self._step_started = ended
