@@ -234,6 +234,11 @@ def test_a_lora_policy_has_a_critic_too(tiny_model: Path, tmp_path: Path, shared
         assert all("lora_" in n or n.startswith("value_head.") for n in trained)
 
 
+def steady(metrics: dict[str, float]) -> dict[str, float]:
+    """Without wall-clock times, and without what Lightning keeps from the step before where a step has nothing to explain."""
+    return {key: value for key, value in lasting(metrics).items() if key != "critic/explained_variance"}
+
+
 # --- resuming ----------------------------------------------------------------------------------------------------------
 
 
@@ -249,8 +254,8 @@ def test_six_steps_are_three_and_a_checkpoint_and_three_bit_by_bit(tiny_model: P
     (path,) = (tmp_path / "cut" / "checkpoints").glob("*.ckpt")
     torch.manual_seed(2)  # another first head, which the checkpoint replaces
     second = fit(tiny_model, tmp_path / "cut", steps=6, ckpt_path=path, **settings)
-    assert [*map(lasting, whole.record.metrics)][:3] == [*map(lasting, first.record.metrics)]
-    assert [*map(lasting, whole.record.metrics)][3:] == [*map(lasting, second.record.metrics)]
+    halves = first.record.metrics + second.record.metrics
+    assert [*map(steady, whole.record.metrics)] == [*map(steady, halves)]
     assert_weights_equal(dict(second.module.state_dict()), dict(whole.module.state_dict()))
 
 
