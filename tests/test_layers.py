@@ -19,9 +19,9 @@ LAYERS = [
     "grading.paper_text grading.paper_normal grading.paper_expr grading.paper_train grading.paper_eval "
     "grading.paper_eval_keep_units",
     "grading grading.worker",
-    "verify prompts advantages schedule losses logprobs prefix_tree batching models jsonl metrics checkpoints strategies optimizer "
-    "engines engines.hf engines.vllm engines.client engines.device_transfer engines.process engines.server engines.supervise "
-    "engines.transfer engines.worker grade",
+    "verify prompts advantages schedule losses logprobs prefix_tree batching models jsonl metrics checkpoints strategies "
+    "optimizer engines engines.hf engines.vllm engines.client engines.device_transfer engines.process engines.server "
+    "engines.supervise engines.transfer engines.worker grade",
     "evaluation evaluation.module evaluation.reading evaluation.synthetic evaluation.suite evaluation.statistics "
     "evaluation.results evaluation.likelihood evaluation.paper evaluation.table evaluation.compare "
     "sources ranking perturb selection check",
