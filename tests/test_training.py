@@ -818,7 +818,7 @@ def test_a_cpu_that_is_slow_in_bfloat16_is_told_to_take_float32(
     precision: str,
     warned: bool,
 ):
-    monkeypatch.setattr("rlvr_lightning.module.bf16_speedup", lambda: speedup)
+    monkeypatch.setattr("rlvr_lightning.learner.bf16_speedup", lambda: speedup)
     module = RLVRModule(policy=PolicyConfig(model=str(tiny_model)), objective=Objective(kl_coef=0.0))
     module.trainer = Trainer(accelerator="cpu", precision=precision, logger=False)
     module.configure_model()
