@@ -50,9 +50,11 @@ class Sampler:
         share(module, batch, sampling)
         failure: RuntimeError | None = None
         for left in range(self.max_restarts, -1, -1):
-            seconds, failure = self._try(module, batch, prompt, sampling, grader)
-            if not module.trainer.strategy.reduce_boolean_decision(failure is not None, all=False):
-                return seconds
+            seconds, failure = {}, self._restart()
+            if not failed_anywhere(module, failure):  # else the others would wait for this rank in the sync
+                seconds, failure = self._try(module, batch, prompt, sampling, grader)
+                if not failed_anywhere(module, failure):
+                    return seconds
             self.engine.version = None  # on every rank, so that all of them sync
             if failure is not None:
                 self.restarts += 1
@@ -65,14 +67,21 @@ class Sampler:
             reason += f"\nsaved after update {module.trainer.global_step}; to go on:\n  {save_interrupted(module.trainer)}"
         raise EngineDiedError(reason) from failure
 
+    def _restart(self) -> RuntimeError | None:
+        """Start this rank's engine again if it died; return why it did not come back."""
+        if self._died:
+            try:
+                self.engine.restart()
+            except EngineDiedError as error:
+                return error
+            self._died = False
+        return None
+
     def _try(
         self, module: RLVRModule, batch: ProblemBatch, prompt: PromptTemplate, sampling: Sampling, grader: str | None
     ) -> tuple[dict[str, float], RuntimeError | None]:
         started = time.perf_counter()
         try:
-            if self._died:
-                self.engine.restart()
-                self._died = False
             if self.engine.version != module.policy_version:
                 self.engine.sync(module.weights(), module.policy_version, window=self.window)
             synced = time.perf_counter()
@@ -120,6 +129,11 @@ class Sampler:
         """Wait until nothing is sampled any more; what was stays until its step."""
         if self._ahead is not None:
             wait([self._ahead[1]])
+
+
+def failed_anywhere(module: RLVRModule, failure: RuntimeError | None) -> bool:
+    """Return whether the engine of any rank has failed. Collective."""
+    return module.trainer.strategy.reduce_boolean_decision(failure is not None, all=False)
 
 
 def share(module: RLVRModule, batch: ProblemBatch, sampling: Sampling) -> None:
