@@ -27,7 +27,7 @@ CORRECTED = Objective(kl_coef=0.0, entropy_coef=0.01, importance_cap=2.0)
 
 
 class KillServer(Callback):
-    """Kills the engine's server, with all that it started, before a step samples."""
+    """Kills the engine's server, with all that it started: at rest before a step samples, or right after it began to."""
 
     def __init__(self, step: int, *, for_good: bool = False) -> None:
         self.step = step
@@ -39,6 +39,8 @@ class KillServer(Callback):
             engine = source.engine
             assert isinstance(engine, VLLMServerEngine)
             assert engine._server is not None
+            if trainer.callbacks.index(self) < trainer.callbacks.index(source):  # type: ignore[attr-defined]
+                source.sampler.settle()
             for pid in engine._server.pids[1:]:
                 psutil.Process(pid).kill()
             if self.for_good:
@@ -46,7 +48,13 @@ class KillServer(Callback):
 
 
 def run(
-    model: Path, root: Path, *extra: Callback, engine: Any = None, ckpt_path: Path | None = None, **settings: Any
+    model: Path,
+    root: Path,
+    *first: Callback,
+    last: Callback | None = None,
+    engine: Any = None,
+    ckpt_path: Path | None = None,
+    **settings: Any,
 ) -> tuple[Record, RLVRModule]:
     record = Record()
     objective = settings.pop("objective", PLAIN)
@@ -67,7 +75,7 @@ def run(
         num_sanity_val_steps=0,
         max_steps=STEPS,
         default_root_dir=root,
-        callbacks=[*extra, source, record],
+        callbacks=[*first, source, record, *([last] if last else [])],
     )
     module = RLVRModule(policy=PolicyConfig(model=str(model)), objective=objective, optimizer=AdamW(lr=3e-3))
     data = SingleExampleDataModule(question="say a word", answer="1", problems_per_step=2)
@@ -86,6 +94,11 @@ def _nothing_stays() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Record:
     return run(tiny_model, tmp_path_factory.mktemp("undisturbed"))[0]
+
+
+@pytest.fixture(scope="module")
+def ahead(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Record:
+    return run(tiny_model, tmp_path_factory.mktemp("ahead"), overlap=True, objective=CORRECTED)[0]
 
 
 def steady(metrics: dict[str, float]) -> dict[str, float]:
@@ -118,8 +131,10 @@ def test_an_engine_that_is_lost_leaves_a_checkpoint_that_resumes_at_its_step(
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_sampling_ahead_is_one_step_old_and_the_same_every_time(tiny_model: Path, tmp_path: Path, undisturbed: Record):
-    first, second = (run(tiny_model, tmp_path, overlap=True, objective=CORRECTED)[0] for _ in range(2))
+def test_sampling_ahead_is_one_step_old_and_the_same_every_time(
+    tiny_model: Path, tmp_path: Path, undisturbed: Record, ahead: Record
+):
+    first, second = ahead, run(tiny_model, tmp_path, overlap=True, objective=CORRECTED)[0]
     assert [m["rollout/staleness"] for m in first.metrics] == [0, 1, 1, 1]
     assert [{r.policy_version for r in step} for step in first.rollouts()] == [{0}, {0}, {1}, {2}]
     assert first.rollouts() == second.rollouts()
@@ -132,10 +147,23 @@ def test_sampling_ahead_is_one_step_old_and_the_same_every_time(tiny_model: Path
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_an_engine_that_dies_while_sampling_ahead_is_started_again(tiny_model: Path, tmp_path: Path):
+def test_an_engine_that_dies_before_it_samples_ahead_changes_nothing(tiny_model: Path, tmp_path: Path, ahead: Record):
     record, _ = run(tiny_model, tmp_path, KillServer(2), overlap=True, objective=CORRECTED)
+    assert record.rollouts() == ahead.rollouts()
+    assert [*map(steady, record.metrics)] == [*map(steady, ahead.metrics)]
+    assert [m["rollout/restarts"] for m in record.metrics] == [0, 0, 1, 1]
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_an_engine_that_dies_while_sampling_ahead_is_started_again(tiny_model: Path, tmp_path: Path, ahead: Record):
+    record, _ = run(tiny_model, tmp_path, last=KillServer(1), overlap=True, objective=CORRECTED)
+    assert record.rollouts()[:2] == ahead.rollouts()[:2]
     assert len(record.metrics) == STEPS
-    assert record.metrics[-1]["rollout/staleness"] == 1
+    # Step 2 is sampled anew, or was sampled just before the kill; step 3 is sampled ahead again.
+    assert record.metrics[2]["rollout/staleness"] in (0, 1)
+    assert record.metrics[3]["rollout/staleness"] == 1
+    assert record.metrics[3]["rollout/restarts"] == 1
 
 
 def test_sampling_ahead_needs_another_process_and_a_correction(tiny_model: Path, tmp_path: Path):

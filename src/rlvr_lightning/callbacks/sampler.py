@@ -1,7 +1,9 @@
 """An engine kept in step with the policy: synced when stale, started again when it died, a step ahead when asked."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TypeVar, cast
 
 from rlvr_lightning.batching import share_of_rank
 from rlvr_lightning.callbacks.checkpoint import save_interrupted
@@ -12,6 +14,7 @@ from rlvr_lightning.prompts import PromptTemplate
 from rlvr_lightning.records import ProblemBatch, Rollout
 from rlvr_lightning.rollout import Collector
 
+T = TypeVar("T")
 FAILURES = (EngineDiedError, StaleEngineError)
 
 
@@ -48,13 +51,19 @@ class Sampler:
         """
         self.settle()
         share(module, batch, sampling)
+        return self._persist(
+            module, lambda: self._sample(module, batch, prompt, sampling, grader), repeat=batch.name == "train"
+        )
+
+    def _persist(self, module: RLVRModule, work: Callable[[], T], *, repeat: bool) -> T:
+        """Return what ``work`` returns once it has succeeded on every rank; ``repeat``: a resumed run begins with this step."""
         failure: RuntimeError | None = None
         for left in range(self.max_restarts, -1, -1):
-            seconds, failure = {}, self._restart()
+            done, failure = self._guard(self._restart)
             if not failed_anywhere(module, failure):  # else the others would wait for this rank in the sync
-                seconds, failure = self._try(module, batch, prompt, sampling, grader)
+                done, failure = self._guard(work)
                 if not failed_anywhere(module, failure):
-                    return seconds
+                    return cast(T, done)
             self.engine.version = None  # on every rank, so that all of them sync
             if failure is not None:
                 self.restarts += 1
@@ -62,52 +71,49 @@ class Sampler:
                 print(f"the engine failed; {what}: {failure}", flush=True)
         reason = f"the engine failed {self.max_restarts + 1} time(s) in a row: {failure or 'that of another rank'}"
         loader = module.trainer.train_dataloader
-        if batch.name == "train" and isinstance(loader, ProblemLoader):
+        if repeat and isinstance(loader, ProblemLoader):
             loader.repeat()
             reason += f"\nsaved after update {module.trainer.global_step}; to go on:\n  {save_interrupted(module.trainer)}"
         raise EngineDiedError(reason) from failure
 
-    def _restart(self) -> RuntimeError | None:
-        """Start this rank's engine again if it died; return why it did not come back."""
-        if self._died:
-            try:
-                self.engine.restart()
-            except EngineDiedError as error:
-                return error
-            self._died = False
-        return None
-
-    def _try(
-        self, module: RLVRModule, batch: ProblemBatch, prompt: PromptTemplate, sampling: Sampling, grader: str | None
-    ) -> tuple[dict[str, float], RuntimeError | None]:
-        started = time.perf_counter()
+    def _guard(self, work: Callable[[], T]) -> tuple[T | None, RuntimeError | None]:
+        """Return what ``work`` returns, or how this rank's engine failed in it."""
         try:
-            if self.engine.version != module.policy_version:
-                self.engine.sync(module.weights(), module.policy_version, window=self.window)
-            synced = time.perf_counter()
-            if batch.rollouts is None:  # else only another rank's engine had failed
-                batch.rollouts = self.collector.collect(batch, prompt, sampling, grader)
+            return work(), None
         except FAILURES as error:
-            self._died = isinstance(error, EngineDiedError)
-            return {}, error
-        return {"sync": synced - started, **self.collector.seconds}, None
+            self._died = self._died or isinstance(error, EngineDiedError)
+            return None, error
+
+    def _restart(self) -> None:
+        if self._died:
+            self.engine.restart()
+            self._died = False
+
+    def _sync(self, module: RLVRModule) -> None:
+        if self.engine.version != module.policy_version:
+            self.engine.sync(module.weights(), module.policy_version, window=self.window)
+
+    def _sample(
+        self, module: RLVRModule, batch: ProblemBatch, prompt: PromptTemplate, sampling: Sampling, grader: str | None
+    ) -> dict[str, float]:
+        started = time.perf_counter()
+        self._sync(module)
+        synced = time.perf_counter()
+        if batch.rollouts is None:  # else only another rank's engine had failed
+            batch.rollouts = self.collector.collect(batch, prompt, sampling, grader)
+        return {"sync": synced - started, **self.collector.seconds}
 
     # --- one step ahead ------------------------------------------------------------------------------------------------
 
     def begin_ahead(self, module: RLVRModule, step: int, prompt: PromptTemplate, sampling: Sampling) -> float:
-        """Begin to sample a step with the weights of now; return the seconds that the sync took."""
+        """Begin to sample a step with the weights of now; return the seconds that the sync took. Raises like attach."""
         loader = module.trainer.train_dataloader
         assert isinstance(loader, ProblemLoader)
         started = time.perf_counter()
-        try:
-            if self.engine.version != module.policy_version:
-                self.engine.sync(module.weights(), module.policy_version, window=self.window)
-        except FAILURES as error:  # on every rank alike: the next step starts it again
-            self._died, self.engine.version = isinstance(error, EngineDiedError), None
-        else:
-            batch = loader.batch(step)
-            share(module, batch, sampling)
-            self._ahead = batch, self._thread.submit(self.collector.collect, batch, prompt, sampling)
+        self._persist(module, lambda: self._sync(module), repeat=True)
+        batch = loader.batch(step)
+        share(module, batch, sampling)
+        self._ahead = batch, self._thread.submit(self.collector.collect, batch, prompt, sampling)
         return time.perf_counter() - started
 
     def take_ahead(self, module: RLVRModule, batch: ProblemBatch) -> dict[str, float] | None:
@@ -115,10 +121,11 @@ class Sampler:
         ahead, self._ahead = self._ahead, None
         started, rollouts = time.perf_counter(), None
         if ahead is not None and ahead[0].step == batch.step:
-            try:
-                rollouts = ahead[1].result()
-            except FAILURES as error:
-                self._died, self.engine.version = isinstance(error, EngineDiedError), None
+            rollouts, failure = self._guard(ahead[1].result)
+            if failure is not None:
+                self.engine.version = None
+                self.restarts += 1
+                print(f"the engine failed, so this step is sampled anew: {failure}", flush=True)
         if not module.trainer.strategy.reduce_boolean_decision(rollouts is not None):
             return None
         assert ahead is not None
