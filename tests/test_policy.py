@@ -129,6 +129,16 @@ def small_blocks() -> Iterator[None]:
     BLOCK["cpu"] = before
 
 
+@pytest.mark.parametrize("as_tree", [True, False])
+def test_gradients_have_the_same_bits_every_time(tiny_model: Path, as_tree: bool):
+    policy, generator = build(tiny_model), torch.Generator().manual_seed(0)
+    rows = torch.randint(2, 96, (96, 24), generator=generator).tolist()
+    batch = batch_of([(PROMPT, row) for row in rows for _ in range(2)])  # threads add up many branches of one prompt
+    first, *others = (gradients(policy, stats(policy, batch, as_tree=as_tree)) for _ in range(20))
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
 def test_every_distinct_prefix_is_computed_once(tiny_model: Path):
     policy, batch, tokens = build(tiny_model), branches(), []
     policy.lm.get_input_embeddings().register_forward_pre_hook(lambda _, args: tokens.append(args[0].numel()))

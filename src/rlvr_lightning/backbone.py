@@ -34,10 +34,15 @@ class States:
 
     def spread(self, numbers: Tensor) -> Tensor:
         """Return a number per prediction, (N,), as one per token, (b, S); zeros outside the mask."""
-        tokens = numbers if self.place is None else numbers[self.place]
+        tokens = numbers if self.place is None else take(numbers, self.place)
         # The sum keeps an empty mask in the graph: under FSDP2 every rank has to run the backward pass.
         empty = torch.zeros(self.mask.shape, dtype=tokens.dtype, device=tokens.device)
         return empty.masked_scatter(self.mask, tokens) + tokens.sum() * 0.0
+
+
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """Return ``values[index]``, whose backward pass adds up the gradients of a row that is taken often in the same order always."""
+    return values.index_select(0, index) if values.device.type == "cpu" else values[index]
 
 
 class Backbone(nn.Module):
@@ -77,7 +82,7 @@ class Backbone(nn.Module):
         decoder = self.lm.get_decoder()
         if as_tree:
             tree = PrefixTree.of(batch.input_ids, batch.lengths, batch.completion_mask)
-            return States(tree.forward(decoder)[tree.parents], tree.targets, batch.completion_mask, tree.place)
+            return States(take(tree.forward(decoder), tree.parents), tree.targets, batch.completion_mask, tree.place)
         # Padding sits on the right, where causal attention never looks, so no attention mask is needed.
         hidden = decoder(input_ids=batch.input_ids[:, :-1], use_cache=False).last_hidden_state
         mask = batch.completion_mask[:, 1:]
