@@ -2,9 +2,10 @@
 
     python benchmarks/memory.py [--cases hf-fp32-kl vllm-bf16 ...] [--constants] [--json]
 
-Each case is a real `rlvr fit` of two steps in a process of its own; its peak is `memory/peak_gib` (VmHWM). The plan is that of
-the same arguments. Budgets of tokens are such that the rollouts reach them, so that the planned micro-batch is a real one;
-`computed` is how many tokens the decoder had to compute for the larger of the two updates.
+Each case is a real `rlvr fit` of two steps in a process of its own; its peak is `memory/peak_gib` (VmHWM of the largest rank).
+With an engine in another process it is the most that all processes held together (proportional set size, read every half
+second). The plan is that of the same arguments. Budgets of tokens are such that the rollouts reach them, so that the planned
+micro-batch is a real one; `computed` is how many tokens the decoder had to compute for the larger of the two updates.
 
 `--constants` measures main memory after the imports. The constants of the plan are some 0.1 GiB above: the first pass through a
 model, and the start of an engine.
@@ -16,14 +17,19 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from rlvr_lightning.doctor import configuration
 from rlvr_lightning.memory_plan import GIB, LIBRARIES_GIB, VLLM_GIB, MemoryPlan
 
 CONF = Path(__file__).parents[1] / "conf"
-HF, VLLM = ["--rollout", str(CONF / "rollout/hf.yaml")], ["--rollout", str(CONF / "rollout/vllm.yaml")]
+HF, VLLM, PROCESS = (["--rollout", str(CONF / f"rollout/{name}.yaml")] for name in ("hf", "vllm", "vllm-process"))
+TWO = ["--trainer", str(CONF / "trainer/fsdp.yaml"), "--trainer.accelerator", "cpu", "--trainer.devices", "2"]
 FP32, NO_KL = ["--trainer.precision", "32-true"], ["--model.objective.kl_coef", "0"]
 CHECKPOINTING = ["--model.policy.gradient_checkpointing", "true"]
 
@@ -44,6 +50,8 @@ CASES = {
     "vllm-bf16-lora": [*VLLM, *size(2, 48, 256), "--model.policy.lora", "{}"],
     "vllm-bf16-critic": [*VLLM, *NO_KL, *size(2, 48, 256), "--model.advantage", "gae", "--model.critic", "{}"],
     "vllm-fp32-kl": [*VLLM, *FP32, *size(2, 48, 256)],
+    "process-bf16-kl": [*PROCESS, *size(2, 48, 256)],
+    "fsdp-hf-fp32-kl": [*TWO, *HF, *FP32, *size(2, 48, 256)],
 }
 
 
@@ -52,7 +60,7 @@ def arguments(case: str, folder: str) -> list[str]:
     files = ["model/smollm2", "data/three-plus-four", "trainer/cpu"]
     words = [word for file in files for word in (f"--{file.split('/')[0]}", str(CONF / f"{file}.yaml"))]
     run = ["--trainer.max_steps", "2", "--evaluate_first", "false", "--trainer.val_check_interval", "1000000"]
-    return [*words, *run, "--trainer.default_root_dir", folder, *CASES[case]]
+    return [*words, *CASES[case], *run, "--trainer.default_root_dir", folder]
 
 
 def planned(words: list[str]) -> MemoryPlan:
@@ -68,18 +76,34 @@ def planned(words: list[str]) -> MemoryPlan:
     return plan
 
 
+def held_together(pid: int) -> float:
+    """Return the GiB of a process and all that it started; what they share counts once."""
+    total = 0
+    with suppress(psutil.Error):
+        for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
+            with suppress(OSError, psutil.Error):
+                total += process.memory_full_info().pss
+    return total / GIB
+
+
 def measure(case: str) -> dict[str, Any]:
     """Plan a case, run it, and return both."""
     with tempfile.TemporaryDirectory() as folder:
         words = arguments(case, folder)
         plan = planned(words)
         command = [sys.executable, "-m", "rlvr_lightning", "fit", *words]
-        done = subprocess.run(command, env={**os.environ, "WANDB_MODE": "offline"}, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
+        log = Path(folder) / "log"
+        with log.open("w") as out:
+            run = subprocess.Popen(command, env={**os.environ, "WANDB_MODE": "offline"}, stdout=out, stderr=out)
+            together = 0.0
+            while run.poll() is None:
+                together = max(together, held_together(run.pid))
+                time.sleep(0.5)
+        if run.returncode:
+            raise SystemExit(f"{' '.join(command)} ended with status {run.returncode}:\n{log.read_text()[-2000:]}")
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "memory/peak_gib" in row]
-    peak = max(row["memory/peak_gib"] for row in steps)
+    peak = together if plan.settings.own_process else max(row["memory/peak_gib"] for row in steps)
     return {
         "planned_gib": plan.total,
         "measured_gib": peak,

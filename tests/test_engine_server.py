@@ -543,7 +543,10 @@ def follows_the_weights(engine: VLLMServerEngine, policy: Policy) -> None:
     assert outputs[0] == outputs[2] != outputs[1]
 
 
-def test_a_client_can_be_closed_while_requests_wait() -> None:
+@pytest.mark.parametrize(
+    ("silence", "message"), [(1, "5 are missing: 2 at http"), (600, "closed")], ids=["silent", "closed meanwhile"]
+)
+def test_who_waits_for_a_server_that_says_nothing_is_told(silence: float, message: str) -> None:
     from rlvr_lightning.engines.client import Client
 
     with socket.create_server(("127.0.0.1", 0)) as deaf:
@@ -552,13 +555,16 @@ def test_a_client_can_be_closed_while_requests_wait() -> None:
 
         def ask() -> None:
             try:
-                list(client.answers("/x", [{}] * 5, silence=1))
+                list(client.answers("/x", [{}] * 5, silence=silence))
             except EngineDiedError as error:
                 errors.append(error)
 
         thread = threading.Thread(target=ask)
         thread.start()
+        thread.join(3)
+        client.close()
+        client.close()
         thread.join(10)
-        assert "5 are missing: 2 at http" in str(errors[0])
-        client.close()
-        client.close()
+        assert message in str(errors[0])
+        with pytest.raises(EngineDiedError, match="closed"):
+            client.call(0, "/x", timeout=600)

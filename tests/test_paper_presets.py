@@ -210,6 +210,16 @@ def test_the_first_preset_is_the_papers_setting(parse: Parse) -> None:
     assert (config.trainer.max_steps, config.trainer.val_check_interval, config.checkpoint.every_n_steps) == (2000, 20, 20)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sharded_preset_samples_outside_its_processes_and_otherwise_alike(name: str) -> None:
+    content, plain = composed(name), yaml.safe_load((CONF / "rollout" / "vllm-paper.yaml").read_text())
+    sharded = "FSDP2Strategy" in str(content["trainer"].get("strategy", ""))
+    assert content["rollout"]["engine"]["class_path"].endswith("VLLMServerEngine" if sharded else "VLLMEngine")
+    other = yaml.safe_load((CONF / "rollout" / "vllm-process-paper.yaml").read_text())
+    assert other.pop("engine")["init_args"] == plain.pop("engine")["init_args"]
+    assert other == plain
+
+
 def test_without_a_folder_the_files_are_those_of_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RLVR_PAPER_DATA")
     assert composed.__wrapped__("q15m_pi1")["data"]["init_args"]["sources"] == ["./pi1_r128.parquet"]
@@ -296,7 +306,8 @@ def test_another_model_keeps_data_and_hyperparameters(name: str) -> None:
     content = flat(composed(name))
     assert (content[MODEL], content[STEPS]) == (model, steps)
     changed = changes(name, "entonly_q15m" if family == "entonly" else f"q15m_{base}")
-    changed = {k: v for k, v in changed.items() if k not in (MODEL, STEPS) and not k.startswith("trainer.")}
+    skipped = (MODEL, STEPS, "rollout.engine.class_path")
+    changed = {k: v for k, v in changed.items() if k not in skipped and not k.startswith("trainer.")}
     longer = {"rollout.sampling.max_tokens": 8192, "rollout.eval_sampling.max_tokens": 8192}
     assert changed == (longer if family == "r1d15" else {"data.init_args.random": 16} if rest == "random16" else {})
 

@@ -41,7 +41,7 @@ class States:
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
-    """Return ``values[index]``, whose backward pass adds up the gradients of a row that is taken often in the same order always."""
+    """Return ``values[index]``; the backward pass adds up the gradients of a repeated row in the same order each time."""
     return values.index_select(0, index) if values.device.type == "cpu" else values[index]
 
 

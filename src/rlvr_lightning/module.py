@@ -332,7 +332,7 @@ class RLVRModule(LearnerModule):
             raise RuntimeError(
                 f"engine and learner disagree about the sampled tokens by {mean_abs:.3f} nats on average (limit "
                 f"{self.mismatch_limit}): the engine holds other weights, another dtype or another prompt. Try "
-                "rollout.engine.dtype=float32 to tell rounding from a bug, or raise model.mismatch_limit knowingly"
+                "rollout.engine.init_args.dtype: float32 to tell rounding from a bug, or raise model.mismatch_limit knowingly"
             )
 
     @contextmanager

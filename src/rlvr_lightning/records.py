@@ -4,7 +4,7 @@ Legend: ``P`` problems of one step, ``G`` rollouts per problem (the group), ``B`
 This module imports neither torch nor lightning, so that grading processes and ``rlvr --help`` stay light.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -77,6 +77,12 @@ class Rollout:
     """Sampling temperature; the learner divides its logits by the same number."""
     policy_version: int
     """Optimizer updates that the sampling weights had seen."""
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Rollout":
+        """Return the rollout of which ``dataclasses.asdict`` made these fields."""
+        parts = {"problem": Problem(**fields["problem"]), "completion": Completion(**fields["completion"])}
+        return cls(**{**fields, **parts, "score": Score(**fields["score"])})
 
 
 @dataclass(slots=True)

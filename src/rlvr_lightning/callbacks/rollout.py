@@ -86,6 +86,7 @@ class RolloutCallback(Callback):
         self._other = 0.0
         self._collector: Collector | None = None
         self._sampler: Sampler | None = None
+        self._saved: dict[str, Any] = {}
 
     @property
     def sampler(self) -> Sampler:
@@ -200,10 +201,21 @@ class RolloutCallback(Callback):
         if trainer.is_global_zero:
             print(describe_run(pl_module, datamodule, self.engine, self.sampling, trainer.world_size), flush=True)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds: with ``overlap``, the rollouts of the next step. Collective."""
+        return self.sampler.state() if self.overlap else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep it until training starts."""
+        self._saved = state_dict
+
     # --- the arrows from engine to batch -------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: RLVRModule) -> None:
-        """Start the clock of the first step."""
+        """Start the clock of the first step; take over what the run that is resumed had sampled ahead."""
+        if self.overlap and self._saved:
+            self.sampler.restore(pl_module, self._saved, self.sampling)
+        self._saved = {}
         self._step_started = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: RLVRModule, batch: ProblemBatch, batch_idx: int) -> None:
@@ -214,7 +226,7 @@ class RolloutCallback(Callback):
         if not self.overlap:
             self.engine.sleep()
         elif (pl_module.steps_done + 1) * pl_module.updates_per_step < trainer.max_steps:
-            seconds["sync"] += self.sampler.begin_ahead(pl_module, batch.step + 1, self.prompt, self.sampling)
+            seconds["sync"] += self.sampler.begin_ahead(pl_module, batch, self.prompt, self.sampling)
         seconds["wait"] = self._wait_for_other_ranks(trainer)
         assert batch.rollouts is not None
         metrics = self._metrics.to(pl_module.device)
@@ -222,8 +234,8 @@ class RolloutCallback(Callback):
         metrics.update(batch.rollouts)
         generated = sum(len(r.completion.token_ids) for r in batch.rollouts)
         values: dict[str, Any] = {f"rollout/{key}": value.float() for key, value in metrics.compute().items()}
-        assert self._collector is not None
-        values["rollout/tokens_per_s"] = generated / max(self._collector.seconds.get("generate", 0.0), 1e-9)
+        if self.sampler.generate_s is not None:
+            values["rollout/tokens_per_s"] = generated / max(self.sampler.generate_s, 1e-9)
         ages = [pl_module.policy_version - r.policy_version for r in batch.rollouts]
         values["rollout/staleness"] = max(ages, default=0) / pl_module.updates_per_step
         values["rollout/restarts"] = float(self.sampler.restarts)
@@ -246,14 +258,16 @@ class RolloutCallback(Callback):
     ) -> None:
         """Log the whole step's time, from the end of the step before, and the memory it ended with."""
         ended = time.perf_counter()
-        pl_module.log_dict(
-            {
-                "time/other_s": self._other,
-                "time/step_s": ended - self._step_started,
-                "memory/rss_gib": psutil.Process().memory_info().rss / 2**30,
-                "memory/peak_gib": greatest(torch.tensor(peak_memory_gib(), device=pl_module.device)),
-            }
-        )
+        values: dict[str, Any] = {
+            "time/other_s": self._other,
+            "time/step_s": ended - self._step_started,
+            "memory/rss_gib": psutil.Process().memory_info().rss / 2**30,
+            "memory/peak_gib": greatest(torch.tensor(peak_memory_gib(), device=pl_module.device)),
+        }
+        if pl_module.device.type == "cuda":
+            peak = torch.cuda.max_memory_reserved() / 2**30
+            values["memory/device_peak_gib"] = greatest(torch.tensor(peak, device=pl_module.device))
+        pl_module.log_dict(values)
         self._step_started = ended
 
     def _evaluate(self, trainer: Trainer, module: RLVRModule, batch: ProblemBatch) -> None:

@@ -106,6 +106,10 @@ class StaleEngineError(RuntimeError):
     """The process that samples holds other weights than those of the last sync: sync again."""
 
 
+class PeerFailedError(RuntimeError):
+    """The engine of another rank failed in what all ranks do together; this rank's own may be well."""
+
+
 @runtime_checkable
 class RolloutEngine(Protocol):
     """Samples completions from its own copy of the policy."""

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Coroutine, Generator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ class Client:
     def __init__(self, addresses: Sequence[str | Path], connections: int) -> None:
         self.addresses = list(addresses)
         self.connections = connections
+        self._closed = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rlvr-http", daemon=True)
         self._thread.start()
@@ -41,6 +43,9 @@ class Client:
         ]
 
     def _run(self, coroutine: "Coroutine[Any, Any, T]", timeout: float) -> T:
+        if self._closed:
+            coroutine.close()
+            raise EngineDiedError("the connection is closed")
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result(timeout)
@@ -110,7 +115,10 @@ class Client:
 
         async def work_all() -> None:
             workers = min(self.connections, len(jsons))
-            await asyncio.gather(*(work(server) for _ in range(workers) for server in range(len(self.addresses))))
+            try:
+                await asyncio.gather(*(work(server) for _ in range(workers) for server in range(len(self.addresses))))
+            finally:  # cancelled by close(): whoever waits for answers is told
+                done.put(EngineDiedError("the connection was closed while requests waited"))
 
         future = asyncio.run_coroutine_threadsafe(work_all(), self._loop)
         try:
@@ -130,9 +138,11 @@ class Client:
 
     def close(self) -> None:
         """Close all connections. Idempotent."""
-        if self._loop.is_closed():
+        if self._closed:
             return
-        self._run(self._close(), 10)
+        self._closed = True
+        with suppress(FutureTimeout):
+            asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
         self._loop.close()

@@ -236,50 +236,57 @@ class VLLMServerEngine(RolloutEngine):
         assert self._client is not None
         self.version = self.checksum = None
         drives = self._urls is None or rank() == 0
-        client = self._client
         sent = Sent(weights, getattr(torch, self._expected["dtype"]))
         try:
-            together(lambda: self._begin(client) if drives else None)
+            together(lambda: self._begin() if drives else None)
             if self.transport == "files":
-                per_host, folder = self._urls is None and self._folder is None, self._folder
-                timeout = self._sync_timeout
-                send_files(sent, client if drives else None, folder=folder, per_host=per_host, timeout=timeout)
+                per_host = self._urls is None and self._folder is None
+                send_files(sent, self._ask if drives else None, folder=self._folder, per_host=per_host)
             else:
-                self._send_from_gpu(sent, client)
+                self._send_from_gpu(sent)
                 sent.sums = gather(sent.sums)[0]
             label = f"{version}-{sent.checksum}"
-            together(lambda: self._finish(client, sent, label) if drives else None)
-        except BaseException as error:
+            together(lambda: self._finish(sent, label) if drives else None)
+        except BaseException:
             self._device_transfer = None  # its communicator may be broken: the next sync opens another
-            self._explain(error)
             raise
         self._label = label
         self.version, self.checksum = version, sent.checksum
 
-    def _begin(self, client: "Client") -> None:
-        if self._asleep:
-            client.call_all("/wake_up?tags=weights", {}, timeout=self._sync_timeout)
-        client.call_all("/update_weight_version", {"new_version": UPDATING}, timeout=self._sync_timeout)
+    def _ask(self, path: str, content: Any) -> list[Any]:
+        """Return what all servers answer to a part of a sync; raises an EngineDiedError with its log if one is dead."""
+        assert self._client is not None
+        try:
+            return self._client.call_all(path, content, timeout=self._sync_timeout)
+        except (EngineDiedError, ReplyError) as error:
+            self._explain(error)
+            raise
 
-    def _send_from_gpu(self, sent: Sent, client: "Client") -> None:
+    def _begin(self) -> None:
+        if self._asleep:
+            self._ask("/wake_up?tags=weights", {})
+        self._ask("/update_weight_version", {"new_version": UPDATING})
+
+    def _send_from_gpu(self, sent: Sent) -> None:
         from rlvr_lightning.engines.device_transfer import DeviceTransfer
 
         if self._device_transfer is None:
             assert self.transport != "files"
+            assert self._client is not None
             workers = [settings["workers"] for settings in self._settings]
-            self._device_transfer = DeviceTransfer(self.transport, client, workers, self._sync_timeout)
-        self._device_transfer.send(sent)
+            self._device_transfer = DeviceTransfer(self.transport, self._client, workers, self._sync_timeout)
+        self._device_transfer.send(sent, self._explain)
 
-    def _finish(self, client: "Client", sent: Sent, label: str) -> None:
-        for answer in client.call_all("/collective_rpc", {"method": "rlvr_held"}, timeout=self._sync_timeout):
+    def _finish(self, sent: Sent, label: str) -> None:
+        for answer in self._ask("/collective_rpc", {"method": "rlvr_held"}):
             workers = answer["results"]
             check_arrival(sent.sums, [worker["sums"] for worker in workers], workers[0]["joined"])
         if self._asleep:
-            client.call_all("/wake_up?tags=kv_cache", {}, timeout=self._sync_timeout)
+            self._ask("/wake_up?tags=kv_cache", {})
             self._asleep = False
-        if not all(answer["success"] for answer in client.call_all("/reset_prefix_cache", {}, timeout=self._sync_timeout)):
+        if not all(answer["success"] for answer in self._ask("/reset_prefix_cache", {})):
             raise RuntimeError("vLLM kept its prefix cache across a weight update: requests are still running")
-        client.call_all("/update_weight_version", {"new_version": label}, timeout=self._sync_timeout)
+        self._ask("/update_weight_version", {"new_version": label})
 
     # --- generate ------------------------------------------------------------------------------------------------------
 
@@ -368,7 +375,10 @@ class VLLMServerEngine(RolloutEngine):
             return
         if self._own["sleep"] is not False:
             self.version = None
-            self._client.call_all("/sleep?level=2", {}, timeout=self._sync_timeout)
+            try:
+                self._ask("/sleep?level=2", {})
+            except EngineDiedError:
+                return  # the next sync meets it too, and is tried again
             self._asleep = True
 
     def _drop(self) -> None:

@@ -1,20 +1,18 @@
 """Weights through files: any device, any number of servers, as long as they see the folder."""
 
+import os
 import shutil
 import socket
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
 
-from rlvr_lightning.engines import Sent, checksum_of
-
-if TYPE_CHECKING:
-    from rlvr_lightning.engines.client import Client
+from rlvr_lightning.engines import EngineDiedError, PeerFailedError, Sent, StaleEngineError, checksum_of
 
 T = TypeVar("T")
 FILE_BYTES = 2**30
@@ -36,14 +34,22 @@ def rank() -> int:
 
 
 def together(action: Callable[[], T]) -> list[T]:
-    """Run an action on every rank and return all results. What one rank raises is raised on all: none is left waiting."""
+    """Run an action on every rank and return all results. What one rank raises is raised on all: none is left waiting.
+
+    Raises:
+        PeerFailedError: if the engine of another rank failed.
+    """
     result, fault = None, None
     try:
         result = action()
     except Exception as error:
         fault = error
     outcomes: list[Any] = gather((result, fault))
-    for other in [fault, *(other for _, other in outcomes)]:
+    if fault is not None:
+        raise fault
+    for number, (_, other) in enumerate(outcomes):
+        if isinstance(other, EngineDiedError | StaleEngineError):
+            raise PeerFailedError(f"that of rank {number}: {other}")
         if other is not None:
             raise other
     return [outcome for outcome, _ in outcomes]
@@ -52,9 +58,9 @@ def together(action: Callable[[], T]) -> list[T]:
 def write_folder(tensors: Iterable[tuple[str, torch.Tensor]], parent: Path) -> Path:
     """Write named tensors as safetensors into a new folder, which has its final name only when it is complete."""
     final = parent / f"rlvr-weights-{uuid.uuid4().hex[:12]}"
-    partial = Path(tempfile.mkdtemp(prefix=f"{final.name}-", suffix=".partial", dir=parent))
-    waiting, count = iter(tensors), 0
+    partial, waiting, count = None, iter(tensors), 0
     try:
+        partial = Path(tempfile.mkdtemp(prefix=f"{final.name}-", suffix=".partial", dir=parent))
         while True:
             held, size = {}, 0
             for name, tensor in waiting:
@@ -68,7 +74,8 @@ def write_folder(tensors: Iterable[tuple[str, torch.Tensor]], parent: Path) -> P
             count += 1
         return partial.rename(final)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
         for _ in waiting:  # it may be collective: the other ranks wait for the rest
@@ -78,18 +85,17 @@ def write_folder(tensors: Iterable[tuple[str, torch.Tensor]], parent: Path) -> P
 def weights_parent(folder: Path | None) -> Path:
     """Return where to write weights: the given folder, main memory if it can be written to, else the disk."""
     memory = Path("/dev/shm")
-    return folder or (memory if memory.is_dir() else Path(tempfile.gettempdir()))
+    return folder or (memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir()))
 
 
-def send_files(sent: Sent, client: "Client | None", *, folder: Path | None, per_host: bool, timeout: float) -> None:
+def send_files(sent: Sent, ask: Callable[[str, Any], list[Any]] | None, *, folder: Path | None, per_host: bool) -> None:
     """Write the weights, have the servers load them, and compare what they read with what was written. Collective.
 
     Args:
         sent: the weights; its sums are complete afterwards, on every rank.
-        client: the servers that this rank tells to load; None = another rank does.
+        ask: sends (path, content) to the servers that this rank tells to load; None = another rank does.
         folder: where to write, None = main memory.
         per_host: the first rank of each host writes; else rank 0 alone.
-        timeout: seconds for loading.
     """
     hosts = gather(socket.gethostname() if per_host else "")
     writer = hosts.index(hosts[rank()])
@@ -104,9 +110,9 @@ def send_files(sent: Sent, client: "Client | None", *, folder: Path | None, per_
         return written, sent.sums
 
     def load() -> None:
-        if client is None:
+        if ask is None:
             return
-        answers = client.call_all("/collective_rpc", {"method": "rlvr_load", "args": [str(path)]}, timeout=timeout)
+        answers = ask("/collective_rpc", {"method": "rlvr_load", "args": [str(path)]})
         for read in (worker for answer in answers for worker in answer["results"]):
             if read != sent.sums:
                 raise RuntimeError(
