@@ -100,7 +100,7 @@ class RunningServer:
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 [sys.executable, *words[1:]],
-                env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **variables},
+                env=os.environ | variables,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -15,6 +15,9 @@ import aiohttp
 from rlvr_lightning.engines import EngineDiedError, ReplyError
 
 T = TypeVar("T")
+KEEP_ALIVE_S = 2.0
+"""Unused connections are given up after so long. vLLM's server does it after 5 s, and who writes to one at that moment takes it
+for dead."""
 
 
 class Client:
@@ -36,9 +39,11 @@ class Client:
 
     async def _open(self) -> list[aiohttp.ClientSession]:
         return [
-            aiohttp.ClientSession("http://localhost", connector=aiohttp.UnixConnector(str(address), limit=0))
+            aiohttp.ClientSession(
+                "http://localhost", connector=aiohttp.UnixConnector(str(address), limit=0, keepalive_timeout=KEEP_ALIVE_S)
+            )
             if isinstance(address, Path)
-            else aiohttp.ClientSession(address, connector=aiohttp.TCPConnector(limit=0))
+            else aiohttp.ClientSession(address, connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S))
             for address in self.addresses
         ]
 
@@ -81,13 +86,29 @@ class Client:
         return self.gather(path, [json] * len(self.addresses), timeout=timeout)
 
     def gather(self, path: str, jsons: Sequence[Any], *, timeout: float) -> list[Any]:
-        """Return the answers to one request for each server, all at the same time; raises as :meth:`call`."""
+        """Return the answers to one request for each server, all at the same time; raises as :meth:`call`.
+
+        A server whose engine has died may keep a request for ever, so each one's health is asked for every second.
+        """
 
         async def ask() -> list[Any]:
             requests = [self._request(i, "GET" if j is None else "POST", path, j, timeout) for i, j in enumerate(jsons)]
-            return await asyncio.gather(*requests)
+            answers, death = asyncio.gather(*requests), asyncio.ensure_future(self._until_one_is_ill())
+            try:
+                await asyncio.wait({answers, death}, return_when=asyncio.FIRST_COMPLETED)
+                return await (answers if answers.done() else death)
+            finally:
+                answers.cancel()
+                death.cancel()
 
         return self._run(ask(), timeout + 5)
+
+    async def _until_one_is_ill(self) -> list[Any]:
+        while True:
+            await asyncio.sleep(1)
+            for server in range(len(self.addresses)):
+                with suppress(EngineDiedError):  # slow, or gone: the request itself notices
+                    await self._request(server, "GET", "/health", None, 5)
 
     def answers(self, path: str, jsons: Sequence[Any], *, silence: float) -> Generator[tuple[int, Any], None, None]:
         """Yield (index, answer) of many requests as they come in; a server gets the next one as soon as it has room.

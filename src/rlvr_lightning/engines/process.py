@@ -58,7 +58,10 @@ def server_command(
 
 def server_environment(*, on_gpu: bool) -> dict[str, str]:
     """Return the variables that such a server needs beside those of its user."""
-    return {"VLLM_SERVER_DEV_MODE": "1"} | ({} if on_gpu else {"VLLM_CPU_OMP_THREADS_BIND": "nobind"})
+    # On a CPU: threads that no core is reserved for, and no worker process of its own, because its queue is polled without a
+    # pause, also for a second after the last answer, on cores that the learner needs.
+    on_cpu = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    return {"VLLM_SERVER_DEV_MODE": "1"} | ({} if on_gpu else on_cpu)
 
 
 def own_server_start(
