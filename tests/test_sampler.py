@@ -174,7 +174,7 @@ def test_sampling_ahead_is_one_step_old_and_the_same_every_time(
     assert [*map(steady, first.metrics)] == [*map(steady, second.metrics)]
     assert first.rollouts()[0] == undisturbed.rollouts()[0]
     # The second step has the seeds of the undisturbed run's and the weights of its first.
-    assert [r.completion.token_ids[0] for r in first.rollouts()[1]] != [r.completion.token_ids for r in first.rollouts()[0]]
+    assert [r.completion.token_ids for r in first.rollouts()[1]] != [r.completion.token_ids for r in first.rollouts()[0]]
     assert first.rollouts()[2] != undisturbed.rollouts()[2]
 
 

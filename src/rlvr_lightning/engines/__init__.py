@@ -130,6 +130,10 @@ class RolloutEngine(Protocol):
             weights: the learner's weights.
             version: the policy version they belong to.
             window: most tokens (prompt + completion) of any sequence that will be asked for.
+
+        Raises:
+            EngineDiedError: if a process of its own died or stopped answering.
+            PeerFailedError: if that of another rank did.
         """
         ...
 
